@@ -1,0 +1,51 @@
+# Sourced by quickstart.sh and run_tests.sh: makes .venv with requirements.txt and this repository, or reuses it.
+# PYTHON=... chooses the interpreter (3.10, 3.11 or 3.12). A torch that is already in .venv is kept.
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.10, 3.11 or 3.12 found (tried: ${PYTHON:-python3 python3.12 python3.11 python3.10});" \
+        "install one, or name it: PYTHON=/path/to/python bash $0" >&2
+    return 1
+}
+
+# A name for the state that .venv must have; changes with any file that decides what is installed, and with the place.
+environment_key() {
+    { pwd; cat requirements.txt pyproject.toml setup.py .ci/environment.sh; } | sha256sum | cut -d' ' -f1
+}
+
+setup_environment() {
+    local key wanted
+    key=$(environment_key)
+    if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$key" ]; then
+        return
+    fi
+    if [ ! -x .venv/bin/python ]; then
+        local python
+        python=$(find_python)
+        echo "making .venv with $("$python" --version)"
+        if ! "$python" -m venv .venv; then
+            rm -rf .venv
+            echo "error: $python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2
+            return 1
+        fi
+    fi
+    wanted=$(mktemp)
+    if .venv/bin/python -c 'import torch, torchvision' 2>/dev/null; then
+        echo "keeping the torch that is in .venv: $(.venv/bin/python -c 'import torch; print(torch.__version__)')"
+        grep -v '^torch' requirements.txt >"$wanted"
+    else
+        cp requirements.txt "$wanted"
+    fi
+    echo "installing requirements (the first time takes some minutes)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$wanted"
+    rm "$wanted"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+    .venv/bin/python -m pip check >/dev/null || { .venv/bin/python -m pip check >&2; return 1; }
+    echo "$key" >.venv/installed
+}

@@ -1,0 +1,1 @@
+"""One script per question, each with a command line: `python -m analyze.<script> --help`."""

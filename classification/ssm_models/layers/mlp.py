@@ -1,0 +1,43 @@
+"""The MLP branch of a VSS block, plain or gated, for both layouts."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+
+from .act import get_act
+from .norm import get_linear
+
+
+class Mlp(nn.Module):
+    """fc1 -> act -> drop -> fc2 -> drop. With `gated`, fc1 yields (a, g) and fc2 takes a * act(g).
+
+    Shapes: (B, H, W, C), or (B, C, H, W) with `channel_first`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: str = "gelu",
+        drop: float = 0.0,
+        gated: bool = False,
+        channel_first: bool = False,
+    ):
+        super().__init__()
+        linear = get_linear(channel_first)
+        self.gated = gated
+        self.channel_dim = 1 if channel_first else -1
+        self.fc1 = linear(dim, hidden_dim * (2 if gated else 1))
+        self.act = get_act(act_layer)
+        self.fc2 = linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.gated:
+            x, gate = x.chunk(2, dim=self.channel_dim)
+            x = x * self.act(gate)
+        else:
+            x = self.drop(self.act(x))
+        return self.drop(self.fc2(x))

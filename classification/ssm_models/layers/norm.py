@@ -1,0 +1,66 @@
+"""Norms and projections for both memory layouts: NHWC ("channel-last") and NCHW ("channel-first").
+
+A model is channel-first exactly if its norm is "ln2d" or "bn". Parameters have the same names and shapes in both
+layouts, so checkpoints move freely between them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor
+
+_NORMS = {
+    "ln": partial(nn.LayerNorm, eps=1e-5),
+    "ln2d": partial(LayerNorm2d, eps=1e-5),
+    "bn": nn.BatchNorm2d,
+}
+
+
+def get_norm(name: str):
+    """Constructor `norm(channels)` for "ln" (NHWC), "ln2d" or "bn" (both NCHW)."""
+    if name.lower() not in _NORMS:
+        raise ValueError(f"norm_layer={name!r} is not one of {', '.join(_NORMS)}")
+    return _NORMS[name.lower()]
+
+
+def is_channel_first(norm_layer: str) -> bool:
+    return norm_layer.lower() in ("ln2d", "bn")
+
+
+class Linear2d(nn.Linear):
+    """A linear map of the channels of (B, C, H, W), with the 2-D weight (out, in) of `nn.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+def get_linear(channel_first: bool) -> type[nn.Linear]:
+    return Linear2d if channel_first else nn.Linear
+
+
+class Permute(nn.Module):
+    """`x.permute(*dims)` as a module; keeps its place in a Sequential, whose indices are checkpoint keys."""
+
+    def __init__(self, *dims: int):
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(*self.dims)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.dims))
+
+
+def to_channel_last() -> Permute:
+    """(B, C, H, W) -> (B, H, W, C)"""
+    return Permute(0, 2, 3, 1)
+
+
+def to_channel_first() -> Permute:
+    """(B, H, W, C) -> (B, C, H, W)"""
+    return Permute(0, 3, 1, 2)

@@ -1,0 +1,197 @@
+"""SS2D, the mixer of VMamba: an image is read along four routes, each by a selective scan, and the results are summed.
+
+Liu et al. 2024, "VMamba", section 4.2 (https://arxiv.org/abs/2401.10166).
+
+Shapes: B batch, H W map, L = H*W tokens, C channels of the block, D = ssm_ratio * C inner channels, N state,
+R rank of dt, K = 4 routes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import is_exportable
+from torch import Tensor
+
+from ssm_ops import cross_merge, cross_scan, selective_scan
+
+from .act import get_act
+from .forward_type import parse_forward_type
+from .norm import get_linear, get_norm, to_channel_first, to_channel_last
+from .ssm_init import ssm_parameters
+
+K = 4
+
+
+class SS2D(nn.Module):
+    """in_proj -> (gate) -> depthwise conv -> act -> four scans -> out_norm -> times gate -> out_proj.
+
+    Args:
+        d_model: C.
+        d_state: N.
+        ssm_ratio: D = int(ssm_ratio * C).
+        dt_rank: R, or "auto" for ceil(C / 16).
+        act_layer: after the convolution and on the gate.
+        d_conv: kernel of the depthwise convolution (odd); below 2 there is none.
+        dropout: after out_proj.
+        initialize: "v0", "v1" or "v2", see ssm_init.py.
+        forward_type: the published name of the variant, see forward_type.py.
+        channel_first: (B, C, H, W) instead of (B, H, W, C).
+        impl: implementation of the operators, see `ssm_ops`; under timm's exportable flag "reference" is taken.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        dt_rank: int | str = "auto",
+        act_layer: str = "silu",
+        d_conv: int = 3,
+        conv_bias: bool = True,
+        dropout: float = 0.0,
+        initialize: str = "v0",
+        forward_type: str = "v2",
+        channel_first: bool = False,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        variant = parse_forward_type(forward_type)
+        if variant.fixed and (act_layer.lower(), d_conv, conv_bias, initialize) != ("silu", 3, True, "v0"):
+            raise ValueError(
+                f"forward_type={forward_type!r} has SiLU, a 3x3 convolution with bias and init v0, nothing else: got "
+                f"act {act_layer!r}, conv {d_conv}, bias {conv_bias}, init {initialize!r}. v05 leaves the choice"
+            )
+        if d_conv > 1 and d_conv % 2 == 0:
+            raise ValueError(f"d_conv={d_conv} must be odd, or below 2 for no convolution")
+        linear = get_linear(channel_first)
+        d_inner = int(ssm_ratio * d_model)
+        self.d_state = d_state
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.scans, self.scan_fp32, self.gated = variant.scans, variant.scan_fp32, variant.gate
+        self.channel_first = channel_first
+        self.impl = "reference" if is_exportable() else impl
+
+        x_proj = torch.empty(K, self.dt_rank + 2 * d_state, d_inner).uniform_(-(d_inner**-0.5), d_inner**-0.5)
+        self.x_proj_weight = nn.Parameter(x_proj)  # rows: dt (R), B (N), C (N)
+        for name, parameter in ssm_parameters(initialize, K, d_inner, d_state, self.dt_rank).items():
+            self.register_parameter(name, parameter)
+
+        out_norm = _make_out_norm(variant.out_norm, d_inner, channel_first)
+        if not variant.fixed:  # this place in the order of the parameters belongs to the checkpoints
+            self.out_norm = out_norm
+        self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False)
+        if d_conv > 1:
+            self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias)
+        else:
+            self.conv2d = nn.Identity()
+        self.act = get_act(act_layer)
+        self.gate_act = get_act(act_layer) if variant.gate_act else nn.Identity()
+        if variant.fixed:
+            self.out_norm = out_norm
+        self.out_act = nn.GELU() if variant.out_act else nn.Identity()
+        self.out_proj = linear(d_inner, d_model, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""
+        x = self.in_proj(x)
+        gate = None
+        if self.gated:
+            x, gate = x.chunk(2, dim=1 if self.channel_first else -1)
+            gate = self.gate_act(gate)
+        if not self.channel_first:
+            x = x.permute(0, 3, 1, 2)
+        x = self.act(self.conv2d(x))  # (B, D, H, W)
+        y = self._cascade(x) if self.scans == "cascade2d" else self._scan_map(x)
+        y = self.out_act(self.out_norm(y).to(x.dtype))
+        if gate is not None:
+            y = y * gate
+        return self.dropout(self.out_proj(y))
+
+    def _scan_map(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) -> (B, H, W, D), or (B, D, H, W) with `channel_first`, in float32 (or float64)."""
+        size = x.shape[2:]
+        routes = cross_scan(x, scans=self.scans, impl=self.impl)  # (B, K, D, L)
+        y = self._scan_routes(routes, slice(None)).unflatten(3, size)  # (B, K, D, H, W)
+        y = cross_merge(y, in_channel_first=self.channel_first, scans=self.scans, impl=self.impl)
+        return y.unflatten(2, size) if self.channel_first else y.unflatten(1, size)
+
+    def _scan_routes(self, x: Tensor, which: slice) -> Tensor:
+        """Scan sequences (B, k, D, L) with the parameters of the routes `which`, k of them; float32 (or float64)."""
+        k, d = x.shape[1:3]
+        dt, B, C = (self.x_proj_weight[which] @ x).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+        dt = self.dt_projs_weight[which] @ dt  # (B, k, D, L)
+        dtype = torch.promote_types(x.dtype, torch.float32 if self.scan_fp32 else dt.dtype)
+        A_logs, Ds, dt_bias = (
+            _at_least_float32(p.unflatten(0, (K, -1))[which])
+            for p in (self.A_logs, self.Ds, self.dt_projs_bias.flatten())
+        )
+        y = selective_scan(
+            x.flatten(1, 2).to(dtype),
+            dt.flatten(1, 2).to(dtype),
+            -A_logs.exp().flatten(0, 1),
+            B.to(dtype),
+            C.to(dtype),
+            Ds.flatten(),
+            dt_bias.flatten(),
+            delta_softplus=True,
+            out_dtype=self.Ds.dtype,  # float32 for the norm, but in a model of half-precision weights theirs
+            impl=self.impl,
+        )
+        return y.unflatten(1, (k, d))
+
+    def _cascade(self, x: Tensor) -> Tensor:
+        """Each row both ways, then each column both ways; layouts as `_scan_map`.
+
+        The backward pass of a pair is added without being reversed again. Nobody has said why, but it is the published
+        model, and weights depend on it.
+        """
+        for which, line_dim in ((slice(0, 2), 2), (slice(2, 4), 3)):
+            x = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2])  # (B, H, W, D)
+            lines = x.permute(0, 1, 3, 2) if line_dim == 2 else x.permute(0, 2, 3, 1)  # (B, lines, D, length)
+            sequences = lines.flatten(0, 1)
+            y = self._scan_routes(torch.stack([sequences, sequences.flip(2)], 1), which).sum(1)
+            x = y.unflatten(0, lines.shape[:2])  # (B, lines, D, length)
+            x = x.permute(0, 2, 1, 3) if line_dim == 2 else x.permute(0, 2, 3, 1)  # (B, D, H, W)
+        return x if self.channel_first else x.permute(0, 2, 3, 1)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _make_out_norm(kind: str, dim: int, channel_first: bool) -> nn.Module:
+    """The norm between scan and out_proj, for the layout of the block. Sequential indices are checkpoint keys."""
+    first, last = (nn.Identity, nn.Identity) if channel_first else (to_channel_first, to_channel_last)
+    norm = get_norm("ln2d" if channel_first else "ln")
+    conv = {"kernel_size": 3, "padding": 1, "groups": dim, "bias": False}
+    if kind == "ln":
+        return norm(dim)
+    if kind == "none":
+        return nn.Identity()
+    if kind == "sigmoid":
+        return nn.Sigmoid()
+    if kind == "softmax":
+        return SpatialSoftmax(channel_first)
+    if kind == "dwconv3":
+        return nn.Sequential(first(), nn.Conv2d(dim, dim, **conv), last())
+    return nn.Sequential(norm(dim), first(), nn.Conv2d(dim, dim, **conv), last())  # cnorm
+
+
+class SpatialSoftmax(nn.Module):
+    """Softmax over the positions of a map, per channel."""
+
+    def __init__(self, channel_first: bool):
+        super().__init__()
+        self.dims = (2, 3) if channel_first else (1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            x.flatten(*self.dims)
+            .softmax(self.dims[0])
+            .unflatten(self.dims[0], x.shape[self.dims[0] : self.dims[1] + 1])
+        )

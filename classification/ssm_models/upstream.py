@@ -1,0 +1,157 @@
+"""Models from the descriptions of the original repositories: keyword arguments, yaml sections, published names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch.nn as nn
+
+from .dense import DenseVSSM
+from .layers.forward_type import parse_forward_type
+from .vssm import VSSM
+
+# Published names: registry names, yaml files, the NAMEs inside them.
+_V0 = {
+    "forward_type": "v0",
+    "mlp_ratio": 0.0,
+    "norm_layer": "ln",
+    "downsample_version": "v1",
+    "patchembed_version": "v1",
+}
+_V2 = {
+    "forward_type": "v05_noz",
+    "ssm_d_state": 1,
+    "ssm_conv_bias": False,
+    "norm_layer": "ln2d",
+    "downsample_version": "v3",
+    "patchembed_version": "v2",
+}
+_VMAMBA_NAMES: dict[tuple[str, ...], dict[str, Any]] = {
+    ("vanilla_vmamba_tiny", "vmambav0_tiny_224", "vssm_tiny", "vssm_tiny_224"): {
+        **_V0, "depths": (2, 2, 9, 2), "dims": 96, "drop_path_rate": 0.2,
+    },
+    ("vanilla_vmamba_small", "vmambav0_small_224", "vssm_small", "vssm_small_224"): {
+        **_V0, "depths": (2, 2, 27, 2), "dims": 96, "drop_path_rate": 0.3,
+    },
+    ("vanilla_vmamba_base", "vmambav0_base_224", "vssm_base", "vssm_base_224"): {
+        **_V0, "depths": (2, 2, 27, 2), "dims": 128, "drop_path_rate": 0.5,
+    },
+    ("vmamba_tiny_s2l5", "vmambav2_tiny_224", "vssm1_tiny_0230"): {
+        **_V2, "depths": (2, 2, 5, 2), "dims": 96, "ssm_ratio": 2.0, "drop_path_rate": 0.2,
+    },
+    ("vmamba_small_s2l15", "vmambav2_small_224", "vssm1_small_0229"): {
+        **_V2, "depths": (2, 2, 15, 2), "dims": 96, "ssm_ratio": 2.0, "drop_path_rate": 0.3,
+    },
+    ("vmamba_base_s2l15", "vmambav2_base_224", "vssm1_base_0229"): {
+        **_V2, "depths": (2, 2, 15, 2), "dims": 128, "ssm_ratio": 2.0, "drop_path_rate": 0.6,
+    },
+    ("vmamba_tiny_s1l8", "vmambav2v_tiny_224", "vssm1_tiny_0230s"): {
+        **_V2, "depths": (2, 2, 8, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.2,
+    },
+    ("vmamba_small_s1l20", "vmambav2v_small_224", "vssm1_small_0229s"): {
+        **_V2, "depths": (2, 2, 20, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.3,
+    },
+    ("vmamba_base_s1l20", "vmambav2v_base_224", "vssm1_base_0229s"): {
+        **_V2, "depths": (2, 2, 20, 2), "dims": 128, "ssm_ratio": 1.0, "drop_path_rate": 0.5,
+    },
+}  # fmt: skip
+
+_VMAMBA_YAML_KEYS = {
+    "PATCH_SIZE": "patch_size",
+    "IN_CHANS": "in_chans",
+    "DEPTHS": "depths",
+    "EMBED_DIM": "dims",
+    "SSM_D_STATE": "ssm_d_state",
+    "SSM_RATIO": "ssm_ratio",
+    "SSM_DT_RANK": "ssm_dt_rank",
+    "SSM_ACT_LAYER": "ssm_act_layer",
+    "SSM_CONV": "ssm_conv",
+    "SSM_CONV_BIAS": "ssm_conv_bias",
+    "SSM_DROP_RATE": "ssm_drop_rate",
+    "SSM_INIT": "ssm_init",
+    "SSM_FORWARDTYPE": "forward_type",
+    "MLP_RATIO": "mlp_ratio",
+    "MLP_ACT_LAYER": "mlp_act_layer",
+    "MLP_DROP_RATE": "mlp_drop_rate",
+    "PATCH_NORM": "patch_norm",
+    "NORM_LAYER": "norm_layer",
+    "DOWNSAMPLE": "downsample_version",
+    "PATCHEMBED": "patchembed_version",
+    "POSEMBED": "posembed",
+    "GMLP": "gmlp",
+}
+# Upstream's yaml defaults where they differ from the constructor's.
+_VMAMBA_YAML_DEFAULTS = {"patchembed_version": "v2", "downsample_version": "v2", "forward_type": "v2"}
+_VMAMBA_DEAD_YAML_KEYS = ("SSM_RANK_RATIO",)
+_MODEL_YAML_KEYS = {"NUM_CLASSES": "num_classes", "DROP_PATH_RATE": "drop_path_rate"}
+_MODEL_DEAD_YAML_KEYS = ("TYPE", "NAME", "PRETRAINED", "RESUME", "DROP_RATE", "LABEL_SMOOTHING", "MMCKPT")
+
+# Arguments that do nothing upstream.
+_VMAMBA_DEAD = ("cls", "ssm_rank_ratio", "pretrained")
+# Former names of today's variants, by base.
+_FORMER_BASES = {"v0_seq": "v0seq", "v1": "v2", "v31d": "v051d", "v32d": "v052d", "v32dc": "v052dc"}
+
+
+def from_upstream(family: str, config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
+    """Build a model from upstream's own description.
+
+    Args:
+        family: "vmamba".
+        config: keyword arguments of upstream's class, the MODEL section of an upstream yaml, or a published model or
+            yaml name. Old names are translated, arguments without effect upstream are dropped.
+        backbone: the dense form, which gives a tuple of NCHW maps.
+
+    Raises:
+        ValueError: an unknown family, name or argument.
+    """
+    if family != "vmamba":
+        raise ValueError(f"family={family!r} is not one of vmamba")
+    if isinstance(config, str):
+        arguments = _published(config)
+    elif "VSSM" in config:
+        arguments = _from_yaml(config)
+    else:
+        arguments = {name: value for name, value in config.items() if name not in _VMAMBA_DEAD}
+    arguments["forward_type"] = _present_forward_type(arguments.get("forward_type", "v2"))
+    if parse_forward_type(arguments["forward_type"]).fixed:
+        # upstream's v0 ignores these
+        for name in ("ssm_act_layer", "ssm_conv", "ssm_conv_bias", "ssm_init"):
+            arguments.pop(name, None)
+    try:
+        return DenseVSSM(**arguments) if backbone else VSSM(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{family}: {error}") from error
+
+
+def _published(description: str) -> dict[str, Any]:
+    """Arguments of a published name; also of a yaml's path, and of "Backbone_VSSM of <name>, ..."."""
+    name = re.match(r"(?:\w+ of )?([^,]+)", description).group(1).strip()
+    name = PurePosixPath(name).name.removesuffix(".yaml")
+    for names, arguments in _VMAMBA_NAMES.items():
+        if name in names:
+            return dict(arguments)
+    legal = ", ".join(name for names in _VMAMBA_NAMES for name in names)
+    raise ValueError(f"{description!r} is not a published VMamba; known: {legal}")
+
+
+def _from_yaml(model: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = dict(_VMAMBA_YAML_DEFAULTS)
+    sections = (
+        (model, _MODEL_YAML_KEYS, (*_MODEL_DEAD_YAML_KEYS, "VSSM")),
+        (model["VSSM"], _VMAMBA_YAML_KEYS, _VMAMBA_DEAD_YAML_KEYS),
+    )
+    for section, known, dead in sections:
+        for key, value in section.items():
+            if key in known:
+                arguments[known[key]] = value
+            elif key not in dead:
+                raise ValueError(f"{key}: {value!r} is not a key of upstream's MODEL section")
+    return arguments
+
+
+def _present_forward_type(name: str) -> str:
+    base = next((old for old in _FORMER_BASES if name == old or name.startswith(f"{old}_")), None)
+    return name if base is None else _FORMER_BASES[base] + name.removeprefix(base)

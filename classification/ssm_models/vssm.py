@@ -1,0 +1,519 @@
+"""VMamba: a hierarchical vision backbone of visual state-space (VSS) blocks.
+
+Liu et al. 2024, "VMamba: Visual State Space Model" (https://arxiv.org/abs/2401.10166); original code, MIT licence:
+https://github.com/MzeroMiko/VMamba. State-dict keys are those of the original code: its checkpoints load as they are.
+
+Shapes: B batch, C channels, H W map; inside, (B, H, W, C) for norm "ln" and (B, C, H, W) for "ln2d" and "bn".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .layers.mlp import Mlp
+from .layers.norm import get_norm, is_channel_first
+from .layers.ss2d import SS2D
+from .layers.stem import make_downsample, make_stem, stem_grid, stem_stride
+
+__all__ = ["VSSM"]
+
+
+class VSSBlock(nn.Module):
+    """x + drop_path(op(norm(x))), then x + drop_path(mlp(norm2(x))); either branch may be absent."""
+
+    def __init__(self, op: nn.Module | None, mlp: nn.Module | None, dim: int, norm_layer: str, drop_path: float):
+        super().__init__()
+        norm = get_norm(norm_layer)
+        if op is not None:
+            self.norm = norm(dim)
+            self.op = op
+        self.drop_path = DropPath(drop_path)
+        if mlp is not None:
+            self.norm2 = norm(dim)
+            self.mlp = mlp
+        self.has_op, self.has_mlp = op is not None, mlp is not None
+        self.use_checkpoint = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if self.has_op:
+            x = x + self.drop_path(self.op(self.norm(x)))
+        if self.has_mlp:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class VSSStage(nn.Module):
+    """Blocks at one resolution, then the way to the next one."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.blocks(x))
+
+
+class ClassifierHead(nn.Module):
+    """norm -> pool -> dropout -> linear."""
+
+    def __init__(self, dim: int, num_classes: int, norm_layer: str, pool_type: str, drop_rate: float):
+        super().__init__()
+        self.norm = get_norm(norm_layer)(dim)
+        self.in_features = dim
+        self.input_fmt = "NCHW" if is_channel_first(norm_layer) else "NHWC"
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str) -> None:
+        """A new pooling and a new linear layer; without classes the pooled features come out."""
+        self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt=self.input_fmt)
+        width = self.in_features * self.pool.feat_mult()
+        self.head = nn.Linear(width, num_classes) if num_classes > 0 else nn.Identity()
+        if num_classes > 0:
+            _init_weights(self.head)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.pool(self.norm(x)))
+        return x if pre_logits else self.head(x)
+
+
+class VSSM(nn.Module):
+    """VMamba.
+
+    Args:
+        patch_size: stride of the stem.
+        in_chans, num_classes: as in timm; 0 classes for features.
+        depths: blocks of every stage.
+        dims: channels of every stage, or of the first one, doubled from stage to stage.
+        ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_act_layer, ssm_conv, ssm_conv_bias, ssm_drop_rate, ssm_init,
+            forward_type: of the mixer, see `SS2D`; ssm_ratio <= 0 removes the mixer.
+        mlp_ratio, mlp_act_layer, mlp_drop_rate, gmlp: of the MLP; mlp_ratio <= 0 removes it.
+        drop_path_rate: of the last block, growing linearly from 0 at the first.
+        patch_norm: norms in the stem.
+        norm_layer: "ln" (computes in NHWC), "ln2d" or "bn" (compute in NCHW).
+        downsample_version: "v1", "v2", "v3" or "none".
+        patchembed_version: "v1" or "v2".
+        use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
+        posembed: learned absolute position embedding for images of `imgsize`, resized for others.
+        global_pool, drop_rate: of the head, as in timm.
+        scan_impl: implementation of the scans, see `ssm_ops`.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        depths: Sequence[int] = (2, 2, 9, 2),
+        dims: int | Sequence[int] = (96, 192, 384, 768),
+        ssm_d_state: int = 16,
+        ssm_ratio: float = 2.0,
+        ssm_dt_rank: int | str = "auto",
+        ssm_act_layer: str = "silu",
+        ssm_conv: int = 3,
+        ssm_conv_bias: bool = True,
+        ssm_drop_rate: float = 0.0,
+        ssm_init: str = "v0",
+        forward_type: str = "v2",
+        mlp_ratio: float = 4.0,
+        mlp_act_layer: str = "gelu",
+        mlp_drop_rate: float = 0.0,
+        gmlp: bool = False,
+        drop_path_rate: float = 0.1,
+        patch_norm: bool = True,
+        norm_layer: str = "ln",
+        downsample_version: str = "v2",
+        patchembed_version: str = "v1",
+        use_checkpoint: bool = False,
+        posembed: bool = False,
+        imgsize: int = 224,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        scan_impl: str = "auto",
+    ):
+        super().__init__()
+        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+        if len(dims) != len(depths):
+            raise ValueError(f"dims {dims} and depths {list(depths)} must have one entry per stage")
+        self.num_classes = num_classes
+        self.num_layers = len(depths)
+        self.dims = dims
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.channel_first = is_channel_first(norm_layer)
+        self.output_fmt = "NCHW" if self.channel_first else "NHWC"
+
+        self.pos_embed = None
+        if posembed:
+            grid = stem_grid(patchembed_version, patch_size, imgsize)
+            self.pos_embed = nn.Parameter(torch.zeros(1, dims[0], grid, grid))
+            trunc_normal_(self.pos_embed, std=0.02)
+        self.patch_embed = make_stem(patchembed_version, in_chans, dims[0], patch_size, patch_norm, norm_layer)
+
+        def make_block(dim: int, drop_path: float) -> VSSBlock:
+            op = mlp = None
+            if ssm_ratio > 0:
+                op = SS2D(
+                    d_model=dim,
+                    d_state=ssm_d_state,
+                    ssm_ratio=ssm_ratio,
+                    dt_rank=ssm_dt_rank,
+                    act_layer=ssm_act_layer,
+                    d_conv=ssm_conv,
+                    conv_bias=ssm_conv_bias,
+                    dropout=ssm_drop_rate,
+                    initialize=ssm_init,
+                    forward_type=forward_type,
+                    channel_first=self.channel_first,
+                    impl=scan_impl,
+                )
+            if mlp_ratio > 0:
+                hidden = int(dim * mlp_ratio)
+                mlp = Mlp(dim, hidden, mlp_act_layer, mlp_drop_rate, gated=gmlp, channel_first=self.channel_first)
+            return VSSBlock(op, mlp, dim, norm_layer, drop_path)
+
+        rates = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
+        stride = stem_stride(patchembed_version, patch_size)
+        self.feature_info = []
+        self.layers = nn.ModuleList()
+        for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
+            blocks = [make_block(dim, next(rates)) for _ in range(depth)]
+            last = i + 1 == len(dims)
+            down = nn.Identity() if last else make_downsample(downsample_version, dim, dims[i + 1], norm_layer)
+            self.layers.append(VSSStage(blocks, down))
+            self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"layers.{i}.blocks"})
+            stride *= 1 if downsample_version == "none" else 2
+
+        self.classifier = ClassifierHead(dims[-1], num_classes, norm_layer, global_pool, drop_rate)
+        self.apply(_init_weights)
+        self.set_grad_checkpointing(use_checkpoint)
+        self.register_load_state_dict_pre_hook(_convert_incoming)
+
+    # ---- forward ----
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> first tokens in the model's layout."""
+        x = self.patch_embed(x)
+        if self.pos_embed is not None:
+            size = x.shape[2:] if self.channel_first else x.shape[1:3]
+            pos_embed = resize_pos_embed(self.pos_embed, size)
+            x = x + (pos_embed if self.channel_first else pos_embed.permute(0, 2, 3, 1))
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last map in the model's layout (`output_fmt`), before the norm of the head."""
+        x = self.forward_stem(x)
+        for stage in self.layers:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.classifier(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W), any H and W from `patch_size` on -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """Maps of the stages, each before its downsampling.
+
+        Args:
+            indices: the last n stages, the given ones, or all.
+            norm: the head's norm on the last stage's map.
+            stop_early: do not run the stages after the last wanted one.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: leave out the final features.
+
+        Returns:
+            A list of contiguous maps, or (final features as `forward_features`, list).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NHWC")
+        wanted, last = feature_take_indices(len(self.layers), indices)
+        intermediates = []
+        x = self.forward_stem(x)
+        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = stage.blocks(x)
+            if i in wanted:
+                final = norm and i == len(self.layers) - 1
+                intermediates.append(self._to_format(self.classifier.norm(x) if final else x, output_fmt))
+            x = stage.downsample(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def _to_format(self, x: Tensor, output_fmt: str) -> Tensor:
+        if output_fmt != self.output_fmt:
+            x = x.permute(0, 2, 3, 1) if self.channel_first else x.permute(0, 3, 1, 2)
+        return x.contiguous()
+
+    # ---- what timm expects of a model ----
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.classifier.reset(num_classes, self.classifier.pool.pool_type if global_pool is None else global_pool)
+        self.classifier.to(next(self.patch_embed.parameters()).device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for module in self.modules():
+            if isinstance(module, VSSBlock):
+                module.use_checkpoint = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for layer-wise learning rates, from the stem to the head."""
+        with_previous = (99999,)  # timm's sign for "in the group of what comes before"
+        blocks = [
+            (r"^layers\.(\d+)\.downsample", with_previous),
+            (r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^classifier\.norm", with_previous),
+        ]
+        return {"stem": r"^patch_embed|^pos_embed", "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would push to a meaningless value (1-D ones are known anyway)."""
+        leaves = ("A_logs", "Ds", "dt_projs_bias", "pos_embed")
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
+
+    def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published names and shapes, old ones included, brought to this model's."""
+        return checkpoint_filter_fn(state_dict, self)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps of the stages `indices` do not need; returns the indices as non-negative numbers."""
+        wanted, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        self.layers[-1].downsample = nn.Identity()
+        self.num_features = self.head_hidden_size = self.dims[last]
+        if prune_norm:
+            self.classifier.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
+    """(1, C, h, w) -> (1, C, *size), bicubic."""
+    if tuple(pos_embed.shape[2:]) == tuple(size):
+        return pos_embed
+    return F.interpolate(pos_embed, size=tuple(size), mode="bicubic", align_corners=False)
+
+
+# ---- checkpoints ----
+
+_RENAMES = [
+    # the first public checkpoints ("v0")
+    (re.compile(r"^patch_embed\.proj\."), "patch_embed.0."),
+    (re.compile(r"^patch_embed\.norm\."), "patch_embed.2."),
+    (re.compile(r"^(layers\.\d+\.blocks\.\d+)\.ln_1\."), r"\1.norm."),
+    (re.compile(r"^(layers\.\d+\.blocks\.\d+)\.self_attention\."), r"\1.op."),
+    (re.compile(r"^norm\."), "classifier.norm."),
+    (re.compile(r"^head\."), "classifier.head."),
+    # the one-file edition of the original code
+    (re.compile(r"\.op\.(x_proj|dt_projs)\.weight$"), r".op.\1_weight"),
+]
+_ONE_FILE_MERGING = [  # its patch merging is a Sequential(merge, norm, linear)
+    (re.compile(r"^(layers\.\d+\.downsample)\.1\."), r"\1.norm."),
+    (re.compile(r"^(layers\.\d+\.downsample)\.2\."), r"\1.reduction."),
+]
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Bring a published state dict to today's names and to the shapes of `model`; one in this form stays as it is.
+
+    Old names are replaced, 1x1 convolution weights become 2-D, stacked projections 3-D, and the position embedding is
+    resized to the model's grid. Nothing is added or left out.
+    """
+    own = model.state_dict()
+    merges = any(name.endswith(".downsample.reduction.weight") for name in own)
+    renames = _RENAMES + (_ONE_FILE_MERGING if merges else [])
+    converted = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in renames:
+            name = pattern.sub(replacement, name)
+        target = own.get(name)
+        if target is not None and value.shape != target.shape:
+            if name == "pos_embed":
+                value = resize_pos_embed(value, target.shape[2:])
+            elif value.numel() == target.numel() and _same_but_for_layout(name, value, target):
+                value = value.reshape(target.shape)
+        converted[name] = value
+    return converted
+
+
+def _same_but_for_layout(name: str, value: Tensor, target: Tensor) -> bool:
+    stacked = name.endswith(("x_proj_weight", "dt_projs_weight")) and value.shape[1:] == target.shape[2:]
+    return stacked or (value.dim() == 4 and value.shape == (*target.shape, 1, 1))
+
+
+def _convert_incoming(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """Hook of `load_state_dict`: convert this model's entries in place, also as a part ("backbone.") of another."""
+    mine = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    state_dict.update({prefix + name: value for name, value in model.convert_state_dict(mine).items()})
+
+
+# ---- variants ----
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.0",
+        "classifier": "classifier.head",
+        "license": "mit",
+        "paper_ids": "arXiv:2401.10166",
+        "origin_url": "https://github.com/MzeroMiko/VMamba",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vanilla_vmamba_tiny": _cfg(),
+        "vanilla_vmamba_small": _cfg(),
+        "vanilla_vmamba_base": _cfg(),
+        "vmamba_tiny_s2l5": _cfg(),
+        "vmamba_small_s2l15": _cfg(),
+        "vmamba_base_s2l15": _cfg(),
+        "vmamba_tiny_s1l8": _cfg(),
+        "vmamba_small_s1l20": _cfg(),
+        "vmamba_base_s1l20": _cfg(),
+        "vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10),
+    }
+)
+
+
+def _create_vssm(variant: str, pretrained: bool, **kwargs) -> VSSM:
+    return build_model_with_cfg(
+        VSSM,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _vanilla(**kwargs) -> dict:
+    return {
+        "forward_type": "v0",
+        "ssm_d_state": 16,
+        "mlp_ratio": 0.0,
+        "norm_layer": "ln",
+        "downsample_version": "v1",
+        "patchembed_version": "v1",
+        **kwargs,
+    }
+
+
+def _v2(**kwargs) -> dict:
+    return {
+        "forward_type": "v05_noz",
+        "ssm_d_state": 1,
+        "ssm_conv_bias": False,
+        "norm_layer": "ln2d",
+        "downsample_version": "v3",
+        "patchembed_version": "v2",
+        **kwargs,
+    }
+
+
+@register_model
+def vanilla_vmamba_tiny(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _vanilla(depths=(2, 2, 9, 2), dims=96, drop_path_rate=0.2)
+    return _create_vssm("vanilla_vmamba_tiny", pretrained, **args | kwargs)
+
+
+@register_model
+def vanilla_vmamba_small(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _vanilla(depths=(2, 2, 27, 2), dims=96, drop_path_rate=0.3)
+    return _create_vssm("vanilla_vmamba_small", pretrained, **args | kwargs)
+
+
+@register_model
+def vanilla_vmamba_base(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _vanilla(depths=(2, 2, 27, 2), dims=128, drop_path_rate=0.6)
+    return _create_vssm("vanilla_vmamba_base", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _v2(depths=(2, 2, 5, 2), dims=96, ssm_ratio=2.0, drop_path_rate=0.2)
+    return _create_vssm("vmamba_tiny_s2l5", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _v2(depths=(2, 2, 15, 2), dims=96, ssm_ratio=2.0, drop_path_rate=0.3)
+    return _create_vssm("vmamba_small_s2l15", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _v2(depths=(2, 2, 15, 2), dims=128, ssm_ratio=2.0, drop_path_rate=0.6)
+    return _create_vssm("vmamba_base_s2l15", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _v2(depths=(2, 2, 8, 2), dims=96, ssm_ratio=1.0, drop_path_rate=0.2)
+    return _create_vssm("vmamba_tiny_s1l8", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _v2(depths=(2, 2, 20, 2), dims=96, ssm_ratio=1.0, drop_path_rate=0.3)
+    return _create_vssm("vmamba_small_s1l20", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
+    args = _v2(depths=(2, 2, 20, 2), dims=128, ssm_ratio=1.0, drop_path_rate=0.5)
+    return _create_vssm("vmamba_base_s1l20", pretrained, **args | kwargs)
+
+
+@register_model
+def vmamba_nano(pretrained: bool = False, **kwargs) -> VSSM:
+    """For images of 32 to 64 pixels: three stages, 8x8 tokens at 32 pixels."""
+    args = _v2(depths=(1, 2, 1), dims=32, ssm_ratio=1.0, drop_path_rate=0.05)
+    return _create_vssm("vmamba_nano", pretrained, **args | kwargs)

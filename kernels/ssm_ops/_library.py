@@ -1,0 +1,164 @@
+"""How this package registers PyTorch operators and chooses between their implementations.
+
+An operator is registered once (schema, fake, one kernel per device) and may have several interchangeable
+implementations, each a module ``impl/<name>.py`` with the launchers of the forward and the backward. The name of the
+chosen implementation travels as the operator's last argument ``impl``, so that the choice is made once, in ``api.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+NAMESPACE = "ssm_ops"
+IMPLS = ("reference", "cpu", "triton", "cuda")
+BUILD_COMMAND = "pip install -e . --no-build-isolation"
+
+
+def _default_impl() -> str:
+    name = os.environ.get("SSM_OPS_IMPL", "auto")
+    if name not in ("auto", *IMPLS):
+        raise ValueError(f"SSM_OPS_IMPL={name!r} is not one of auto, {', '.join(IMPLS)}")
+    return name
+
+
+DEFAULT_IMPL = _default_impl()
+"""What ``impl="auto"`` means; from the environment variable ``SSM_OPS_IMPL``, read once, here."""
+
+
+# ---- which implementation runs where -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operator: its module, and the kinds of device it serves (None: all)."""
+
+    name: str
+    module: str
+    devices: tuple[str, ...] | None
+
+    def load(self):
+        return importlib.import_module(self.module)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator with its implementations, fastest first."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    def find(self, impl: str) -> Implementation | None:
+        return next((i for i in self.implementations if i.name == impl), None)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def declare(name: str, package: str, **devices: tuple[str, ...] | None) -> Operator:
+    """Announce operator `name` of `package`; ``impl=devices`` pairs in order of preference, reference last."""
+    implementations = tuple(Implementation(i, f"{package}.impl.{i}", where) for i, where in devices.items())
+    operator = OPERATORS[name] = Operator(name, implementations)
+    return operator
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_unavailable(operator: Operator, impl: str, device_type: str) -> str | None:
+    """None if `impl` can compute `operator` on this kind of device, else the reason and the remedy in one line."""
+    found = operator.find(impl)
+    if found is None:
+        return f"{operator.name} has no {impl} implementation"
+    if impl == "triton":
+        if not _has_triton():
+            return "triton is not installed: pip install triton"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton runs on CPU tensors only under TRITON_INTERPRET=1"
+        if device_type == "cpu":
+            return None
+    if found.devices is not None and device_type not in found.devices:
+        return f"it serves {', '.join(found.devices)} tensors, not {device_type}"
+    return None
+
+
+def available(operator: Operator, device_type: str) -> list[str]:
+    """Names of the implementations that can run on this kind of device, fastest first."""
+    return [i.name for i in operator.implementations if why_unavailable(operator, i.name, device_type) is None]
+
+
+_WARNED: set[str] = set()
+
+
+def resolve(operator: Operator, impl: str, device: torch.device) -> str:
+    """The implementation to run. ``auto`` takes the fastest available; an explicit name never falls back.
+
+    Raises:
+        ValueError: `impl` is not a known name.
+        RuntimeError: the named implementation cannot run on `device`; says why and what can.
+    """
+    if impl == "auto":
+        impl = DEFAULT_IMPL
+    if impl == "auto":
+        name = available(operator, device.type)[0]
+        if name == "reference" and device.type == "cuda" and not torch.compiler.is_compiling():
+            _warn_slow(operator)
+        return name
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
+    reason = why_unavailable(operator, impl, device.type)
+    if reason is not None:
+        raise RuntimeError(
+            f"{operator.name}: impl={impl!r} is not available on {device}: {reason}. Available here: "
+            f"{', '.join(available(operator, device.type))}. To build the rest: {BUILD_COMMAND}; "
+            f"`python -m ssm_ops` shows the whole table."
+        )
+    return impl
+
+
+def _warn_slow(operator: Operator) -> None:
+    if operator.name not in _WARNED:
+        _WARNED.add(operator.name)
+        warnings.warn(
+            f"ssm_ops: {operator.name} runs its slow reference implementation on a CUDA tensor; "
+            f"build the fast ones with `{BUILD_COMMAND}`, see `python -m ssm_ops`",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(operator: Operator, schema: str, fake: Callable, launcher: str):
+    """Define ``ssm_ops::<schema>`` and return its overload, ready to call.
+
+    The schema's last argument is ``str impl``. On every device the operator calls the function `launcher` of that
+    implementation's module, imported on first use, with autocast off (it stays on inside an operator's body otherwise
+    and would change the precision the contract states).
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+
+    def launch(*args):
+        *args, impl = args
+        with no_autocast(args[0].device.type):
+            return getattr(operator.find(impl).load(), launcher)(*args)
+
+    _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def no_autocast(device_type: str):
+    """Context in which autocast is off for this kind of device."""
+    return torch.autocast(device_type=device_type, enabled=False)

@@ -1,0 +1,3 @@
+from .api import SCANS, cross_merge, cross_scan
+
+__all__ = ["SCANS", "cross_merge", "cross_scan"]

@@ -1,0 +1,132 @@
+"""Cross scan and cross merge: the routes along which VMamba reads an image, and the way back.
+
+Liu et al. 2024, "VMamba", section 4.2 and figure 3 (https://arxiv.org/abs/2401.10166).
+
+Shapes: B batch, C channels, H W map, L = H*W, K = 4 routes.
+Routes (`scans`, a name or upstream's number):
+    0 "cross2d"  rows, columns, rows backwards, columns backwards
+    1 "unidi"    rows four times
+    2 "bidi"     rows, rows, rows backwards, rows backwards
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._library import resolve
+from . import ops
+from .impl import reference
+
+SCANS = tuple(reference.ROUTES)
+
+
+def cross_scan(
+    x: Tensor,
+    in_channel_first: bool = True,
+    out_channel_first: bool = True,
+    one_by_one: bool = False,
+    scans: str | int = "cross2d",
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Read a map along four routes.
+
+    Args:
+        x: (B, C, H, W), or (B, H, W, C) if not `in_channel_first`; any dtype. With `one_by_one` four maps,
+            (B, 4, C, H, W) or (B, H, W, 4, C), of which map k is read along route k only.
+        out_channel_first: the result is (B, 4, C, L), else (B, L, 4, C).
+        scans: the routes, see above.
+        impl: "auto", "reference" or "triton"; "reference" is plain PyTorch without a custom operator.
+
+    Returns:
+        Contiguous, dtype of x. The adjoint (and the gradient) is `cross_merge` with the same flags.
+
+    Raises:
+        ValueError: a wrong number of dimensions, not four maps, or an unknown `scans`.
+        RuntimeError: `impl` cannot run on this device.
+    """
+    route_dim = 1 if in_channel_first else 3
+    _check("cross_scan", "x", x, 5 if one_by_one else 4, route_dim if one_by_one else None)
+    flags = (in_channel_first, out_channel_first, one_by_one, _name(scans))
+    if impl == "reference":
+        return reference.scan(x, *flags)
+    return _CrossScan.apply(x, flags, resolve(ops.CROSS_SCAN, impl, x.device))
+
+
+def cross_merge(
+    y: Tensor,
+    in_channel_first: bool = True,
+    out_channel_first: bool = True,
+    one_by_one: bool = False,
+    scans: str | int = "cross2d",
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """Bring four routes back to row-major order and sum them: the adjoint of `cross_scan` with the same flags.
+
+    Args:
+        y: (B, 4, C, H, W), or (B, H, W, 4, C) if not `out_channel_first`: the routes, where H and W only tell the size
+            of the map; along L = H*W the numbers stand in the order of their route.
+        in_channel_first: the result is (B, C, L), else (B, L, C) (with `one_by_one` (B, 4, C, L) or (B, L, 4, C)).
+        one_by_one: only undo the routes, do not sum.
+
+    Returns:
+        Contiguous, dtype of y; the sum is formed in at least float32.
+
+    Raises:
+        as `cross_scan`.
+    """
+    _check("cross_merge", "y", y, 5, 1 if out_channel_first else 3)
+    flags = (in_channel_first, out_channel_first, one_by_one, _name(scans))
+    if impl == "reference":
+        return reference.merge(y, *flags)
+    return _CrossMerge.apply(y, flags, resolve(ops.CROSS_MERGE, impl, y.device))
+
+
+class _CrossScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, flags, impl):
+        ctx.flags, ctx.impl = flags, impl
+        in_channel_first = flags[0]
+        ctx.size = x.shape[-2:] if in_channel_first else x.shape[1:3]
+        return ops.cross_scan(x, *flags, impl)
+
+    @staticmethod
+    def backward(ctx, grad):
+        in_channel_first, out_channel_first = ctx.flags[:2]
+        routes = grad.unflatten(3, ctx.size) if out_channel_first else grad.unflatten(1, ctx.size)
+        merged = _CrossMerge.apply(routes, ctx.flags, ctx.impl)
+        return merged.unflatten(-1, ctx.size) if in_channel_first else merged.unflatten(1, ctx.size), None, None
+
+
+class _CrossMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, flags, impl):
+        ctx.flags, ctx.impl = flags, impl
+        out_channel_first = flags[1]
+        ctx.size = y.shape[-2:] if out_channel_first else y.shape[1:3]
+        return ops.cross_merge(y, *flags, impl)
+
+    @staticmethod
+    def backward(ctx, grad):
+        in_channel_first, out_channel_first = ctx.flags[:2]
+        maps = grad.unflatten(-1, ctx.size) if in_channel_first else grad.unflatten(1, ctx.size)
+        routes = _CrossScan.apply(maps, ctx.flags, ctx.impl)
+        return routes.unflatten(3, ctx.size) if out_channel_first else routes.unflatten(1, ctx.size), None, None
+
+
+def _name(scans: str | int) -> str:
+    if isinstance(scans, int) and 0 <= scans < len(SCANS):
+        return SCANS[scans]
+    if scans not in SCANS:
+        legal = ", ".join(f"{i} {name!r}" for i, name in enumerate(SCANS))
+        raise ValueError(f"scans={scans!r} is not one of {legal}")
+    return scans
+
+
+def _check(op: str, name: str, x: Tensor, n_dim: int, route_dim: int | None) -> None:
+    if x.dim() != n_dim:
+        raise ValueError(f"{op}: {name} must have {n_dim} dimensions, got {tuple(x.shape)}")
+    if route_dim is not None and x.shape[route_dim] != 4:
+        raise ValueError(f"{op}: dimension {route_dim} of {name} holds the 4 routes, got {tuple(x.shape)}")

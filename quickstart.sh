@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# From nothing to a trained and evaluated model, on the CPU or the GPU: bash quickstart.sh
+# Trains vmamba_nano on scikit-learn's handwritten digits and leaves everything in runs/quickstart/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source .ci/environment.sh
+setup_environment
+
+run=runs/quickstart
+if [ -e "$run" ]; then
+    kept=$run-$(date +%Y%m%d-%H%M%S)
+    mv "$run" "$kept"
+    echo "the earlier result is kept in $kept"
+fi
+.venv/bin/python -m classification.data.digits --out runs/data/digits
+.venv/bin/python classification/main.py \
+    --cfg configs/classification/vmamba/vmamba_nano_digits.yaml --data-path runs/data/digits --output "$run"
+.venv/bin/python analyze/loss.py --run "$run"
+.venv/bin/python analyze/predictions.py --run "$run" --data-path runs/data/digits

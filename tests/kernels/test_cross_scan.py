@@ -1,0 +1,108 @@
+"""Numbers of cross scan and cross merge: recorded outputs of the official kernel, adjointness, round trips, errors."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ssm_ops import cross_merge, cross_scan
+from tests.kernels.common import implementations
+
+STORED = np.load(Path(__file__).parent.parent / "data" / "ops" / "cross_scan_merge.npz")
+IMPL = pytest.mark.parametrize("impl", implementations("cross_scan"))
+FLAGS = list(itertools.product((True, False), (True, False), (True, False), ("cross2d", "unidi", "bidi")))
+
+
+def sizes(in_first, out_first, one_by_one, batch=2, channels=3, height=7, width=5):
+    """Shapes of the map(s), of the routes as a merge takes them, and of both results."""
+    four, length = (4,) if one_by_one else (), height * width
+    maps = (batch, *four, channels, height, width) if in_first else (batch, height, width, *four, channels)
+    routes = (batch, 4, channels, height, width) if out_first else (batch, height, width, 4, channels)
+    scanned = (batch, 4, channels, length) if out_first else (batch, length, 4, channels)
+    merged = (batch, *four, channels, length) if in_first else (batch, length, *four, channels)
+    return maps, routes, scanned, merged
+
+
+@IMPL
+@pytest.mark.parametrize("case", sorted({name.split("/")[0] for name in STORED.files}))
+def test_recorded_outputs_of_the_official_kernel(case, impl):
+    op, in_first, out_first, mode, scans = case.split("_")
+    x = torch.from_numpy(STORED[f"{case}/x"]).double().requires_grad_()
+    operator = cross_scan if op == "scan" else cross_merge
+    flags = (in_first == "inCF", out_first == "outCF", mode == "1b1", int(scans[1:]))
+    y = operator(x, *flags, impl=impl)
+    y.backward(torch.from_numpy(STORED[f"{case}/dy"]).double())
+    np.testing.assert_array_equal(y.detach().numpy(), STORED[f"{case}/y"])
+    np.testing.assert_array_equal(x.grad.numpy(), STORED[f"{case}/dx"])
+
+
+@IMPL
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_scan_and_merge_are_adjoint(flags, impl):
+    """<scan(x), y> == <x, merge(y)>, exactly: the numbers are small integers."""
+    maps, routes, scanned, merged = sizes(*flags[:3])
+    x = torch.randint(-9, 9, maps).double().requires_grad_()
+    y = torch.randint(-9, 9, routes).double().requires_grad_()
+    s, m = cross_scan(x, *flags, impl=impl), cross_merge(y, *flags, impl=impl)
+    assert s.shape == scanned and m.shape == merged and s.is_contiguous() and m.is_contiguous()
+    assert torch.equal((s * y.reshape(scanned)).sum(), (x.reshape(merged) * m).sum())
+    assert torch.autograd.gradcheck(lambda x: cross_scan(x, *flags, impl=impl), x)
+    assert torch.autograd.gradcheck(lambda y: cross_merge(y, *flags, impl=impl), y)
+
+
+@IMPL
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_round_trip(flags, impl):
+    """Merging what was scanned gives four times the map (the map itself, one by one)."""
+    maps, routes, _, merged = sizes(*flags[:3])
+    x = torch.randint(-9, 9, maps).float()
+    back = cross_merge(cross_scan(x, *flags, impl=impl).reshape(routes), *flags, impl=impl)
+    assert torch.equal(back, (1 if flags[2] else 4) * x.reshape(merged))
+
+
+def test_order_of_the_routes():
+    x = torch.arange(6).view(1, 1, 2, 3)
+    expected = {
+        "cross2d": [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]],
+        "unidi": [[0, 1, 2, 3, 4, 5]] * 4,
+        "bidi": [[0, 1, 2, 3, 4, 5]] * 2 + [[5, 4, 3, 2, 1, 0]] * 2,
+    }
+    for number, (name, routes) in enumerate(expected.items()):
+        assert cross_scan(x, scans=name)[0, :, 0].tolist() == routes
+        assert cross_scan(x, scans=number)[0, :, 0].tolist() == routes
+
+
+@IMPL
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_sums_in_float32(dtype, impl):
+    y = torch.randn(2, 4, 8, 6, 5).to(dtype)
+    exact = cross_merge(y.double(), impl=impl)
+    assert torch.equal(cross_merge(y, impl=impl), exact.to(dtype))
+
+
+@IMPL
+def test_non_contiguous_input(impl):
+    x = torch.randn(2, 7, 5, 3).permute(0, 3, 1, 2)
+    assert torch.equal(cross_scan(x, impl=impl), cross_scan(x.contiguous(), impl="reference"))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: cross_scan(torch.zeros(2, 3, 4)), "x must have 4 dimensions, got (2, 3, 4)"),
+        (lambda: cross_scan(torch.zeros(2, 3, 3, 4, 5), one_by_one=True), "dimension 1 of x holds the 4 routes"),
+        (lambda: cross_merge(torch.zeros(2, 4, 3, 4)), "y must have 5 dimensions"),
+        (
+            lambda: cross_merge(torch.zeros(2, 4, 4, 3, 3), out_channel_first=False),
+            "dimension 3 of y holds the 4 routes",
+        ),
+        (lambda: cross_scan(torch.zeros(2, 3, 4, 5), scans="zigzag"), "scans='zigzag' is not one of 0 'cross2d'"),
+        (lambda: cross_scan(torch.zeros(2, 3, 4, 5), scans=3), "scans=3 is not one of"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert message in str(caught.value)

@@ -1,0 +1,117 @@
+"""Which part of the repository may import which: read from the source, not from good intentions."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"ssm_ops", "ssm_models", "classification", "detection", "segmentation", "analyze", "tests"}
+OPEN_MMLAB = {"mmengine", "mmcv", "mmdet", "mmseg"}
+FAMILIES = {"vssm", "vim", "vssd"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(absolute dotted name, at module level?) of everything that a file imports."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    package = list(module_of(path).split("."))
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            names = [".".join(base)] if node.module else [".".join([*base, alias.name]) for alias in node.names]
+            found += [(name, id(node) in top) for name in names]
+    return found
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" or parts[:2] == ("classification", "ssm_models") else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def violations(paths, allowed) -> list[str]:
+    return [f"{p.relative_to(ROOT)}: {name}" for p in paths for name, top in imports(p) if not allowed(name, top, p)]
+
+
+def root_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def test_this_test_sees_the_sources():
+    assert ("torch", True) in imports(ROOT / "kernels/ssm_ops/selective_scan/api.py")
+    assert ("ssm_ops.selective_scan.ops", True) in imports(ROOT / "kernels/ssm_ops/selective_scan/impl/reference.py")
+    assert ("ssm_models.layers.ss2d", True) in imports(ROOT / "classification/ssm_models/vssm.py")
+
+
+def test_ssm_ops_needs_torch_alone():
+    def allowed(name, top, path):
+        root = root_of(name)
+        triton = root == "triton" and (path.stem == "triton" or not top)
+        return root in sys.stdlib_module_names or root in ("torch", "ssm_ops") or triton
+
+    assert violations(files("kernels/ssm_ops"), allowed) == []
+
+
+def test_implementations_never_import_each_other():
+    names = {"reference", "cpu", "triton", "cuda"}
+
+    def allowed(name, top, path):
+        return not (name.startswith("ssm_ops.") and ".impl." in name and name.rsplit(".", 1)[-1] in names)
+
+    assert violations(files("kernels/ssm_ops/selective_scan/impl", "kernels/ssm_ops/cross_scan/impl"), allowed) == []
+
+
+def test_models_know_no_scripts_and_no_configs():
+    banned = (OURS - {"ssm_ops", "ssm_models"}) | OPEN_MMLAB | {"yacs", "argparse"}
+    assert violations(files("classification/ssm_models"), lambda name, *_: root_of(name) not in banned) == []
+
+
+def test_layers_know_no_family_and_families_do_not_know_each_other():
+    layers = files("classification/ssm_models/layers")
+    ok = lambda name, *_: not name.startswith("ssm_models") or name.startswith("ssm_models.layers")  # noqa: E731
+    assert violations(layers, ok) == []
+    families = [p for p in files("classification/ssm_models") if p.stem in FAMILIES]
+    assert families and violations(families, ok) == []
+
+
+def test_tasks_do_not_know_each_other_and_nobody_knows_analyze_or_tests():
+    may = {
+        "classification": {"ssm_models", "ssm_ops", "classification"},
+        "detection": {"ssm_models", "ssm_ops", "detection"},
+        "segmentation": {"ssm_models", "ssm_ops", "segmentation"},
+        "analyze": OURS - {"tests"},
+        "kernels": {"ssm_ops", "ssm_models"},
+    }
+    for folder, legal in may.items():
+        banned = OURS - legal
+        assert violations(files(folder), lambda name, *_, banned=banned: root_of(name) not in banned) == []
+
+
+def test_the_models_have_one_import_name():
+    name = "classification." + "ssm_models"
+    assert violations(files("classification", "analyze", "tests"), lambda n, *_: not n.startswith(name)) == []
+
+
+@pytest.mark.parametrize(
+    "banned", ["sys.path" + ".", "torch.load(" + "open", "weights_only=" + "False", "except" + ":"]
+)
+def test_banned_phrases(banned):
+    sources = files("kernels", "classification", "detection", "segmentation", "analyze", "tests")
+    assert [str(p.relative_to(ROOT)) for p in sources if banned in p.read_text()] == []
+
+
+def test_no_file_is_too_long():
+    sources = files("kernels", "classification", "detection", "segmentation", "analyze", "tests")
+    assert [f"{p.relative_to(ROOT)}" for p in sources if len(p.read_text().splitlines()) > 800] == []
