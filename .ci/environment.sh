@@ -16,7 +16,7 @@ find_python() {
 
 # A name for the state that .venv must have; changes with any file that decides what is installed, and with the place.
 environment_key() {
-    { pwd; cat requirements.txt pyproject.toml setup.py .ci/environment.sh; } | sha256sum | cut -d' ' -f1
+    { pwd; cat requirements.txt pyproject.toml setup.py .ci/environment.sh kernels/csrc/*/*; } | sha256sum | cut -d' ' -f1
 }
 
 setup_environment() {

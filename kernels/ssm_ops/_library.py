@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import _native
+
 NAMESPACE = "ssm_ops"
 IMPLS = ("reference", "cpu", "triton", "cuda")
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
@@ -49,10 +51,11 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator with its implementations, fastest first."""
+    """An operator with its implementations, fastest first, and the dtypes of those that are kernels (None: all)."""
 
     name: str
     implementations: tuple[Implementation, ...]
+    kernel_dtypes: tuple[torch.dtype, ...] | None
 
     def find(self, impl: str) -> Implementation | None:
         return next((i for i in self.implementations if i.name == impl), None)
@@ -60,27 +63,36 @@ class Operator:
 
 OPERATORS: dict[str, Operator] = {}
 
+SINGLE_AND_HALF = (torch.float32, torch.float16, torch.bfloat16)
 
-def declare(name: str, package: str, **devices: tuple[str, ...] | None) -> Operator:
+
+def declare(
+    name: str, package: str, kernel_dtypes: tuple[torch.dtype, ...] | None = None, **devices: tuple[str, ...] | None
+) -> Operator:
     """Announce operator `name` of `package`; ``impl=devices`` pairs in order of preference, reference last."""
     implementations = tuple(Implementation(i, f"{package}.impl.{i}", where) for i, where in devices.items())
-    operator = OPERATORS[name] = Operator(name, implementations)
+    operator = OPERATORS[name] = Operator(name, implementations, kernel_dtypes)
     return operator
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# What this process has, found out once: a compiler that traces `resolve` must not meet searches of the file system.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_unavailable(operator: Operator, impl: str, device_type: str) -> str | None:
-    """None if `impl` can compute `operator` on this kind of device, else the reason and the remedy in one line."""
+def why_unavailable(operator: Operator, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """None if `impl` can compute `operator` on this kind of device (and dtype), else the reason and the remedy."""
     found = operator.find(impl)
     if found is None:
         return f"{operator.name} has no {impl} implementation"
+    if impl == "cpu" and _native.PATH is None:
+        return "the C++ library is not built: SSM_OPS_BUILD=cpu " + BUILD_COMMAND
+    if impl != "reference" and None not in (dtype, operator.kernel_dtypes) and dtype not in operator.kernel_dtypes:
+        return f"it computes in {', '.join(map(str, operator.kernel_dtypes))}, not in {dtype}"
     if impl == "triton":
-        if not _has_triton():
+        if not _HAS_TRITON:
             return "triton is not installed: pip install triton"
-        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if device_type == "cpu" and not _INTERPRETS_TRITON:
             return "triton runs on CPU tensors only under TRITON_INTERPRET=1"
         if device_type == "cpu":
             return None
@@ -89,35 +101,35 @@ def why_unavailable(operator: Operator, impl: str, device_type: str) -> str | No
     return None
 
 
-def available(operator: Operator, device_type: str) -> list[str]:
-    """Names of the implementations that can run on this kind of device, fastest first."""
-    return [i.name for i in operator.implementations if why_unavailable(operator, i.name, device_type) is None]
+def available(operator: Operator, device_type: str, dtype: torch.dtype | None = None) -> list[str]:
+    """Names of the implementations that can run on this kind of device (and dtype), fastest first."""
+    return [i.name for i in operator.implementations if why_unavailable(operator, i.name, device_type, dtype) is None]
 
 
 _WARNED: set[str] = set()
 
 
-def resolve(operator: Operator, impl: str, device: torch.device) -> str:
+def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation to run. ``auto`` takes the fastest available; an explicit name never falls back.
 
     Raises:
         ValueError: `impl` is not a known name.
-        RuntimeError: the named implementation cannot run on `device`; says why and what can.
+        RuntimeError: the named implementation cannot run on `device` or in `dtype`; says why and what can.
     """
     if impl == "auto":
         impl = DEFAULT_IMPL
     if impl == "auto":
-        name = available(operator, device.type)[0]
+        name = available(operator, device.type, dtype)[0]
         if name == "reference" and device.type == "cuda" and not torch.compiler.is_compiling():
             _warn_slow(operator)
         return name
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
-    reason = why_unavailable(operator, impl, device.type)
+    reason = why_unavailable(operator, impl, device.type, dtype)
     if reason is not None:
         raise RuntimeError(
             f"{operator.name}: impl={impl!r} is not available on {device}: {reason}. Available here: "
-            f"{', '.join(available(operator, device.type))}. To build the rest: {BUILD_COMMAND}; "
+            f"{', '.join(available(operator, device.type, dtype))}. To build the rest: {BUILD_COMMAND}; "
             f"`python -m ssm_ops` shows the whole table."
         )
     return impl

@@ -10,7 +10,7 @@ from ssm_ops.cross_scan import ops as cross_ops
 from ssm_ops.selective_scan import ops as scan_ops
 from tests.kernels.common import scan_inputs, to_dtype
 
-CPU_IMPL = resolve(scan_ops.SELECTIVE_SCAN, "auto", torch.device("cpu"))
+CPU_IMPL = resolve(scan_ops.SELECTIVE_SCAN, "auto", torch.device("cpu"), torch.float32)
 
 
 def detached(inputs):
@@ -35,7 +35,7 @@ def test_opcheck_cross_scan_and_merge(in_first, out_first, one_by_one):
     four = (4,) if one_by_one else ()
     x = torch.randn((2, *four, 3, 4, 5) if in_first else (2, 4, 5, *four, 3))
     y = torch.randn((2, 4, 3, 4, 5) if out_first else (2, 4, 5, 4, 3))
-    impl = resolve(cross_ops.CROSS_SCAN, "auto", x.device)
+    impl = resolve(cross_ops.CROSS_SCAN, "auto", x.device, x.dtype)
     torch.library.opcheck(cross_ops.cross_scan, (x, *flags, impl))
     torch.library.opcheck(cross_ops.cross_merge, (y, *flags, impl))
 

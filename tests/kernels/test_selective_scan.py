@@ -15,6 +15,7 @@ from tests.kernels.common import implementations, loop_scan, rms_error, scan_inp
 DATA = Path(__file__).parent.parent / "data" / "ops"
 RECORDED = json.loads((DATA / "selective_scan.json").read_text())
 STORED = sorted(path.stem.removeprefix("selective_scan_") for path in DATA.glob("selective_scan_*.npz"))
+FLOAT64 = ("auto", "reference")
 IMPL = pytest.mark.parametrize("impl", implementations("selective_scan"))
 
 # (batch, dim, length, state, options); odd sizes, lengths around the chunks of the implementations
@@ -56,10 +57,11 @@ def test_recorded_outputs_of_the_official_code(name, impl):
     inputs = {
         n: torch.from_numpy(stored[n]) for n in ("u", "delta", "A", "B", "C", "D", "delta_bias", "z") if n in stored
     }
-    got = run(to_dtype(inputs, torch.float64), torch.from_numpy(stored["dout"]), impl, RECORDED[name]["delta_softplus"])
+    dtype, tolerance = (torch.float64, 1e-12) if impl in FLOAT64 else (torch.float32, 2e-6)
+    got = run(to_dtype(inputs, dtype), torch.from_numpy(stored["dout"]), impl, RECORDED[name]["delta_softplus"])
     for key, value in got.items():
         recorded = f"ref_d_{key[1:]}" if key.startswith("d") else f"ref_{key}"
-        np.testing.assert_allclose(value.detach().numpy(), stored[recorded], rtol=1e-12, atol=1e-12, err_msg=key)
+        assert rms_error(value, torch.from_numpy(stored[recorded]).view(value.shape)) < tolerance, key
 
 
 @IMPL
@@ -95,7 +97,7 @@ def test_half_precision_rounds_only_the_results(name, dtype, impl):
             assert rms_error(value, want[key]) < (2e-6 if is_float32 else torch.finfo(dtype).eps / 2), key
 
 
-@IMPL
+@pytest.mark.parametrize("impl", FLOAT64)
 def test_gradients_by_finite_differences(impl):
     inputs = to_dtype(scan_inputs(2, 4, 5, 2, groups=2, delta_dim=2, z=True), torch.float64)
     names = list(inputs)

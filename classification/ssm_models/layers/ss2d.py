@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor
 
-from ssm_ops import cross_merge, cross_scan, selective_scan
+from ssm_ops import selective_scan, ss2d_scan
 
 from .act import get_act
 from .forward_type import parse_forward_type
@@ -112,37 +112,25 @@ class SS2D(nn.Module):
             y = y * gate
         return self.dropout(self.out_proj(y))
 
-    def _scan_map(self, x: Tensor) -> Tensor:
-        """(B, D, H, W) -> (B, H, W, D), or (B, D, H, W) with `channel_first`, in float32 (or float64)."""
-        size = x.shape[2:]
-        routes = cross_scan(x, scans=self.scans, impl=self.impl)  # (B, K, D, L)
-        y = self._scan_routes(routes, slice(None)).unflatten(3, size)  # (B, K, D, H, W)
-        y = cross_merge(y, in_channel_first=self.channel_first, scans=self.scans, impl=self.impl)
-        return y.unflatten(2, size) if self.channel_first else y.unflatten(1, size)
+    def _parameters_of_scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dt_weight (K, D, R), A (K*D, N), D (K*D), dt_bias (K*D) in float32 (or float64)."""
+        A_logs, Ds = _at_least_float32(self.A_logs), _at_least_float32(self.Ds)
+        weight, bias = _at_least_float32(self.dt_projs_weight), _at_least_float32(self.dt_projs_bias)
+        return weight, -A_logs.exp(), Ds, bias.flatten()
 
-    def _scan_routes(self, x: Tensor, which: slice) -> Tensor:
-        """Scan sequences (B, k, D, L) with the parameters of the routes `which`, k of them; float32 (or float64)."""
-        k, d = x.shape[1:3]
-        dt, B, C = (self.x_proj_weight[which] @ x).split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        dt = self.dt_projs_weight[which] @ dt  # (B, k, D, L)
-        dtype = torch.promote_types(x.dtype, torch.float32 if self.scan_fp32 else dt.dtype)
-        A_logs, Ds, dt_bias = (
-            _at_least_float32(p.unflatten(0, (K, -1))[which])
-            for p in (self.A_logs, self.Ds, self.dt_projs_bias.flatten())
-        )
-        y = selective_scan(
-            x.flatten(1, 2).to(dtype),
-            dt.flatten(1, 2).to(dtype),
-            -A_logs.exp().flatten(0, 1),
-            B.to(dtype),
-            C.to(dtype),
-            Ds.flatten(),
-            dt_bias.flatten(),
-            delta_softplus=True,
+    def _scan_map(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) -> the sum over the routes, (B, H, W, D), or (B, D, H, W) with `channel_first`."""
+        proj = F.linear(x.permute(0, 2, 3, 1), self.x_proj_weight.flatten(0, 1))  # (B, H, W, K * (R + 2N))
+        dtype = torch.promote_types(x.dtype, torch.float32 if self.scan_fp32 else proj.dtype)
+        y = ss2d_scan(
+            x.to(dtype),
+            proj.to(dtype),
+            *self._parameters_of_scan(),
+            scans=self.scans,
             out_dtype=self.Ds.dtype,  # float32 for the norm, but in a model of half-precision weights theirs
             impl=self.impl,
         )
-        return y.unflatten(1, (k, d))
+        return y if self.channel_first else y.permute(0, 2, 3, 1)
 
     def _cascade(self, x: Tensor) -> Tensor:
         """Each row both ways, then each column both ways; layouts as `_scan_map`.
@@ -150,12 +138,28 @@ class SS2D(nn.Module):
         The backward pass of a pair is added without being reversed again. Nobody has said why, but it is the published
         model, and weights depend on it.
         """
-        for which, line_dim in ((slice(0, 2), 2), (slice(2, 4), 3)):
+        weight, A, Ds, bias = self._parameters_of_scan()
+        for first, line_dim in ((0, 2), (2, 3)):
+            which = slice(first, first + 2)
             x = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2])  # (B, H, W, D)
             lines = x.permute(0, 1, 3, 2) if line_dim == 2 else x.permute(0, 2, 3, 1)  # (B, lines, D, length)
-            sequences = lines.flatten(0, 1)
-            y = self._scan_routes(torch.stack([sequences, sequences.flip(2)], 1), which).sum(1)
-            x = y.unflatten(0, lines.shape[:2])  # (B, lines, D, length)
+            sequence = lines.flatten(0, 1)
+            u = torch.stack([sequence, sequence.flip(2)], 1)  # (B*lines, 2, D, length)
+            dt, B, C = (self.x_proj_weight[which] @ u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+            delta = weight[which] @ dt.to(weight.dtype)
+            y = selective_scan(
+                u.flatten(1, 2).to(weight.dtype),
+                delta.flatten(1, 2).to(weight.dtype),
+                A.unflatten(0, (K, -1))[which].flatten(0, 1),
+                B.to(weight.dtype),
+                C.to(weight.dtype),
+                Ds.unflatten(0, (K, -1))[which].flatten(),
+                bias.unflatten(0, (K, -1))[which].flatten(),
+                delta_softplus=True,
+                out_dtype=self.Ds.dtype,
+                impl=self.impl,
+            )
+            x = y.unflatten(1, (2, -1)).sum(1).unflatten(0, lines.shape[:2])  # (B, lines, D, length)
             x = x.permute(0, 2, 1, 3) if line_dim == 2 else x.permute(0, 2, 3, 1)  # (B, D, H, W)
         return x if self.channel_first else x.permute(0, 2, 3, 1)
 

@@ -51,7 +51,7 @@ def cross_scan(
     flags = (in_channel_first, out_channel_first, one_by_one, _name(scans))
     if impl == "reference":
         return reference.scan(x, *flags)
-    return _CrossScan.apply(x, flags, resolve(ops.CROSS_SCAN, impl, x.device))
+    return _CrossScan.apply(x, flags, resolve(ops.CROSS_SCAN, impl, x.device, x.dtype))
 
 
 def cross_merge(
@@ -81,7 +81,7 @@ def cross_merge(
     flags = (in_channel_first, out_channel_first, one_by_one, _name(scans))
     if impl == "reference":
         return reference.merge(y, *flags)
-    return _CrossMerge.apply(y, flags, resolve(ops.CROSS_MERGE, impl, y.device))
+    return _CrossMerge.apply(y, flags, resolve(ops.CROSS_MERGE, impl, y.device, y.dtype))
 
 
 class _CrossScan(torch.autograd.Function):

@@ -61,7 +61,7 @@ def selective_scan(
     """
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     _check(u, delta, A, B, C, D, delta_bias, z)
-    chosen = None if impl == "reference" else resolve(ops.SELECTIVE_SCAN, impl, u.device)
+    chosen = None if impl == "reference" else resolve(ops.SELECTIVE_SCAN, impl, u.device, u.dtype)
     out, last_state = _SelectiveScan.apply(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype or u.dtype, chosen
     )

@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import declare, register
+from .._library import SINGLE_AND_HALF, declare, register
 
-SELECTIVE_SCAN = declare("selective_scan", __package__, reference=None)
+SELECTIVE_SCAN = declare("selective_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), reference=None)
 
-STATE_CHUNK = {"reference": 256}
+STATE_CHUNK = {"cpu": 64, "reference": 256}
 """Tokens between two saved states, by implementation."""
 
 
