@@ -1,1 +1,1 @@
-"""One script per question, each with a command line: `python -m analyze.<script> --help`."""
+"""One script per question, each with a command line: `python analyze/<script>.py --help`."""
