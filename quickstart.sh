@@ -20,3 +20,9 @@ fi
     --cfg configs/classification/vmamba/vmamba_nano_digits.yaml --data-path runs/data/digits --output "$run"
 .venv/bin/python analyze/loss.py --run "$run"
 .venv/bin/python analyze/predictions.py --run "$run" --data-path runs/data/digits
+echo "checkpoints, metrics.json, curves.png and predictions.png are in $PWD/$run"
+.venv/bin/python - "$run/metrics.json" <<'EOF'
+import json, sys
+metrics = json.load(open(sys.argv[1]))
+print(f"top-1 {metrics['top1']:.2f}% on {metrics['images']} held-out images after {metrics['seconds']:.0f} s")
+EOF
