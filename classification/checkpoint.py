@@ -86,10 +86,11 @@ class CheckpointStore:
             # errors of their own kinds
             state = io.BytesIO()
             torch.save(train_state, state)
-            files: dict[str, bytes | memoryview] = {MODEL: _weights(model)}
+            files: dict[str, bytes] = {MODEL: _weights(model)}
             if ema is not None:
                 files[MODEL_EMA] = _weights(ema)
-            files |= {TRAIN_STATE: state.getbuffer(), META: json.dumps({"epoch": epoch, **meta}, indent=1).encode()}
+            # not getbuffer(): if writing fails, Python 3.12.1 crashes when it collects an exported buffer
+            files |= {TRAIN_STATE: state.getvalue(), META: json.dumps({"epoch": epoch, **meta}, indent=1).encode()}
             sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
             for name, data in {**files, _SUMS: sums.encode()}.items():
                 write_synced(folder / name, data)

@@ -13,7 +13,7 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in _NO_SPACE
 
 
-def write_synced(path: Path, data: bytes | memoryview) -> None:
+def write_synced(path: Path, data: bytes) -> None:
     """Write `data` to a new file and wait until it is on the disk."""
     with open(path, "wb") as file:
         file.write(data)
