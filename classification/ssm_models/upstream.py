@@ -11,53 +11,32 @@ import torch.nn as nn
 
 from .dense import DenseVSSM
 from .layers.forward_type import parse_forward_type
-from .vssm import VSSM
+from .vssm import VARIANTS, VSSM
 
-# Published names: registry names, yaml files, the NAMEs inside them.
-_V0 = {
-    "forward_type": "v0",
-    "mlp_ratio": 0.0,
-    "norm_layer": "ln",
-    "downsample_version": "v1",
-    "patchembed_version": "v1",
+# Published names besides those of the registry: yaml files, the NAMEs inside them, and what people call them.
+_VMAMBA_NAMES = {
+    "vmambav0_tiny_224": "vanilla_vmamba_tiny",
+    "vmambav0_small_224": "vanilla_vmamba_small",
+    "vmambav0_base_224": "vanilla_vmamba_base",
+    "vssm_tiny": "vanilla_vmamba_tiny",
+    "vssm_small": "vanilla_vmamba_small",
+    "vssm_base": "vanilla_vmamba_base",
+    "vssm_tiny_224": "vanilla_vmamba_tiny",
+    "vssm_small_224": "vanilla_vmamba_small",
+    "vssm_base_224": "vanilla_vmamba_base",
+    "vmambav2_tiny_224": "vmamba_tiny_s2l5",
+    "vmambav2_small_224": "vmamba_small_s2l15",
+    "vmambav2_base_224": "vmamba_base_s2l15",
+    "vssm1_tiny_0230": "vmamba_tiny_s2l5",
+    "vssm1_small_0229": "vmamba_small_s2l15",
+    "vssm1_base_0229": "vmamba_base_s2l15",
+    "vmambav2v_tiny_224": "vmamba_tiny_s1l8",
+    "vmambav2v_small_224": "vmamba_small_s1l20",
+    "vmambav2v_base_224": "vmamba_base_s1l20",
+    "vssm1_tiny_0230s": "vmamba_tiny_s1l8",
+    "vssm1_small_0229s": "vmamba_small_s1l20",
+    "vssm1_base_0229s": "vmamba_base_s1l20",
 }
-_V2 = {
-    "forward_type": "v05_noz",
-    "ssm_d_state": 1,
-    "ssm_conv_bias": False,
-    "norm_layer": "ln2d",
-    "downsample_version": "v3",
-    "patchembed_version": "v2",
-}
-_VMAMBA_NAMES: dict[tuple[str, ...], dict[str, Any]] = {
-    ("vanilla_vmamba_tiny", "vmambav0_tiny_224", "vssm_tiny", "vssm_tiny_224"): {
-        **_V0, "depths": (2, 2, 9, 2), "dims": 96, "drop_path_rate": 0.2,
-    },
-    ("vanilla_vmamba_small", "vmambav0_small_224", "vssm_small", "vssm_small_224"): {
-        **_V0, "depths": (2, 2, 27, 2), "dims": 96, "drop_path_rate": 0.3,
-    },
-    ("vanilla_vmamba_base", "vmambav0_base_224", "vssm_base", "vssm_base_224"): {
-        **_V0, "depths": (2, 2, 27, 2), "dims": 128, "drop_path_rate": 0.5,
-    },
-    ("vmamba_tiny_s2l5", "vmambav2_tiny_224", "vssm1_tiny_0230"): {
-        **_V2, "depths": (2, 2, 5, 2), "dims": 96, "ssm_ratio": 2.0, "drop_path_rate": 0.2,
-    },
-    ("vmamba_small_s2l15", "vmambav2_small_224", "vssm1_small_0229"): {
-        **_V2, "depths": (2, 2, 15, 2), "dims": 96, "ssm_ratio": 2.0, "drop_path_rate": 0.3,
-    },
-    ("vmamba_base_s2l15", "vmambav2_base_224", "vssm1_base_0229"): {
-        **_V2, "depths": (2, 2, 15, 2), "dims": 128, "ssm_ratio": 2.0, "drop_path_rate": 0.6,
-    },
-    ("vmamba_tiny_s1l8", "vmambav2v_tiny_224", "vssm1_tiny_0230s"): {
-        **_V2, "depths": (2, 2, 8, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.2,
-    },
-    ("vmamba_small_s1l20", "vmambav2v_small_224", "vssm1_small_0229s"): {
-        **_V2, "depths": (2, 2, 20, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.3,
-    },
-    ("vmamba_base_s1l20", "vmambav2v_base_224", "vssm1_base_0229s"): {
-        **_V2, "depths": (2, 2, 20, 2), "dims": 128, "ssm_ratio": 1.0, "drop_path_rate": 0.5,
-    },
-}  # fmt: skip
 
 _VMAMBA_YAML_KEYS = {
     "PATCH_SIZE": "patch_size",
@@ -130,11 +109,11 @@ def _published(description: str) -> dict[str, Any]:
     """Arguments of a published name; also of a yaml's path, and of "Backbone_VSSM of <name>, ..."."""
     name = re.match(r"(?:\w+ of )?([^,]+)", description).group(1).strip()
     name = PurePosixPath(name).name.removesuffix(".yaml")
-    for names, arguments in _VMAMBA_NAMES.items():
-        if name in names:
-            return dict(arguments)
-    legal = ", ".join(name for names in _VMAMBA_NAMES for name in names)
-    raise ValueError(f"{description!r} is not a published VMamba; known: {legal}")
+    variant = _VMAMBA_NAMES.get(name, name)
+    if variant not in VARIANTS:
+        legal = ", ".join([*VARIANTS, *_VMAMBA_NAMES])
+        raise ValueError(f"{description!r} is not a published VMamba; known: {legal}")
+    return dict(VARIANTS[variant])
 
 
 def _from_yaml(model: Mapping[str, Any]) -> dict[str, Any]:

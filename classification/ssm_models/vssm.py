@@ -387,6 +387,37 @@ def _convert_incoming(model: nn.Module, state_dict: dict, prefix: str, *_) -> No
 
 # ---- variants ----
 
+_VANILLA = {
+    "forward_type": "v0",
+    "ssm_d_state": 16,
+    "mlp_ratio": 0.0,
+    "norm_layer": "ln",
+    "downsample_version": "v1",
+    "patchembed_version": "v1",
+}
+_V2 = {
+    "forward_type": "v05_noz",
+    "ssm_d_state": 1,
+    "ssm_conv_bias": False,
+    "norm_layer": "ln2d",
+    "downsample_version": "v3",
+    "patchembed_version": "v2",
+}
+
+VARIANTS = {
+    "vanilla_vmamba_tiny": {**_VANILLA, "depths": (2, 2, 9, 2), "dims": 96, "drop_path_rate": 0.2},
+    "vanilla_vmamba_small": {**_VANILLA, "depths": (2, 2, 27, 2), "dims": 96, "drop_path_rate": 0.3},
+    "vanilla_vmamba_base": {**_VANILLA, "depths": (2, 2, 27, 2), "dims": 128, "drop_path_rate": 0.6},
+    "vmamba_tiny_s2l5": {**_V2, "depths": (2, 2, 5, 2), "dims": 96, "ssm_ratio": 2.0, "drop_path_rate": 0.2},
+    "vmamba_small_s2l15": {**_V2, "depths": (2, 2, 15, 2), "dims": 96, "ssm_ratio": 2.0, "drop_path_rate": 0.3},
+    "vmamba_base_s2l15": {**_V2, "depths": (2, 2, 15, 2), "dims": 128, "ssm_ratio": 2.0, "drop_path_rate": 0.6},
+    "vmamba_tiny_s1l8": {**_V2, "depths": (2, 2, 8, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.2},
+    "vmamba_small_s1l20": {**_V2, "depths": (2, 2, 20, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.3},
+    "vmamba_base_s1l20": {**_V2, "depths": (2, 2, 20, 2), "dims": 128, "ssm_ratio": 1.0, "drop_path_rate": 0.5},
+    "vmamba_nano": {**_V2, "depths": (1, 2, 1), "dims": 32, "ssm_ratio": 1.0, "drop_path_rate": 0.05},
+}
+"""Arguments of the published models, by registry name."""
+
 
 def _cfg(**kwargs) -> dict:
     return {
@@ -408,112 +439,69 @@ def _cfg(**kwargs) -> dict:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "vanilla_vmamba_tiny": _cfg(),
-        "vanilla_vmamba_small": _cfg(),
-        "vanilla_vmamba_base": _cfg(),
-        "vmamba_tiny_s2l5": _cfg(),
-        "vmamba_small_s2l15": _cfg(),
-        "vmamba_base_s2l15": _cfg(),
-        "vmamba_tiny_s1l8": _cfg(),
-        "vmamba_small_s1l20": _cfg(),
-        "vmamba_base_s1l20": _cfg(),
-        "vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10),
-    }
+    {name: _cfg() for name in VARIANTS}
+    | {"vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10)}
 )
 
 
 def _create_vssm(variant: str, pretrained: bool, **kwargs) -> VSSM:
+    arguments = VARIANTS[variant] | kwargs
     return build_model_with_cfg(
         VSSM,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"},
-        **kwargs,
+        feature_cfg={"out_indices": tuple(range(len(arguments["depths"]))), "feature_cls": "getter"},
+        **arguments,
     )
-
-
-def _vanilla(**kwargs) -> dict:
-    return {
-        "forward_type": "v0",
-        "ssm_d_state": 16,
-        "mlp_ratio": 0.0,
-        "norm_layer": "ln",
-        "downsample_version": "v1",
-        "patchembed_version": "v1",
-        **kwargs,
-    }
-
-
-def _v2(**kwargs) -> dict:
-    return {
-        "forward_type": "v05_noz",
-        "ssm_d_state": 1,
-        "ssm_conv_bias": False,
-        "norm_layer": "ln2d",
-        "downsample_version": "v3",
-        "patchembed_version": "v2",
-        **kwargs,
-    }
 
 
 @register_model
 def vanilla_vmamba_tiny(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _vanilla(depths=(2, 2, 9, 2), dims=96, drop_path_rate=0.2)
-    return _create_vssm("vanilla_vmamba_tiny", pretrained, **args | kwargs)
+    return _create_vssm("vanilla_vmamba_tiny", pretrained, **kwargs)
 
 
 @register_model
 def vanilla_vmamba_small(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _vanilla(depths=(2, 2, 27, 2), dims=96, drop_path_rate=0.3)
-    return _create_vssm("vanilla_vmamba_small", pretrained, **args | kwargs)
+    return _create_vssm("vanilla_vmamba_small", pretrained, **kwargs)
 
 
 @register_model
 def vanilla_vmamba_base(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _vanilla(depths=(2, 2, 27, 2), dims=128, drop_path_rate=0.6)
-    return _create_vssm("vanilla_vmamba_base", pretrained, **args | kwargs)
+    return _create_vssm("vanilla_vmamba_base", pretrained, **kwargs)
 
 
 @register_model
 def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _v2(depths=(2, 2, 5, 2), dims=96, ssm_ratio=2.0, drop_path_rate=0.2)
-    return _create_vssm("vmamba_tiny_s2l5", pretrained, **args | kwargs)
+    return _create_vssm("vmamba_tiny_s2l5", pretrained, **kwargs)
 
 
 @register_model
 def vmamba_small_s2l15(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _v2(depths=(2, 2, 15, 2), dims=96, ssm_ratio=2.0, drop_path_rate=0.3)
-    return _create_vssm("vmamba_small_s2l15", pretrained, **args | kwargs)
+    return _create_vssm("vmamba_small_s2l15", pretrained, **kwargs)
 
 
 @register_model
 def vmamba_base_s2l15(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _v2(depths=(2, 2, 15, 2), dims=128, ssm_ratio=2.0, drop_path_rate=0.6)
-    return _create_vssm("vmamba_base_s2l15", pretrained, **args | kwargs)
+    return _create_vssm("vmamba_base_s2l15", pretrained, **kwargs)
 
 
 @register_model
 def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _v2(depths=(2, 2, 8, 2), dims=96, ssm_ratio=1.0, drop_path_rate=0.2)
-    return _create_vssm("vmamba_tiny_s1l8", pretrained, **args | kwargs)
+    return _create_vssm("vmamba_tiny_s1l8", pretrained, **kwargs)
 
 
 @register_model
 def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _v2(depths=(2, 2, 20, 2), dims=96, ssm_ratio=1.0, drop_path_rate=0.3)
-    return _create_vssm("vmamba_small_s1l20", pretrained, **args | kwargs)
+    return _create_vssm("vmamba_small_s1l20", pretrained, **kwargs)
 
 
 @register_model
 def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
-    args = _v2(depths=(2, 2, 20, 2), dims=128, ssm_ratio=1.0, drop_path_rate=0.5)
-    return _create_vssm("vmamba_base_s1l20", pretrained, **args | kwargs)
+    return _create_vssm("vmamba_base_s1l20", pretrained, **kwargs)
 
 
 @register_model
 def vmamba_nano(pretrained: bool = False, **kwargs) -> VSSM:
     """For images of 32 to 64 pixels: three stages, 8x8 tokens at 32 pixels."""
-    args = _v2(depths=(1, 2, 1), dims=32, ssm_ratio=1.0, drop_path_rate=0.05)
-    return _create_vssm("vmamba_nano", pretrained, **args | kwargs)
+    return _create_vssm("vmamba_nano", pretrained, **kwargs)
