@@ -3,18 +3,27 @@
 The two libraries are installed always; in an editable install (`-e`) also the script packages of the checkout, so that
 scripts and tests find each other from any folder.
 
-SSM_OPS_BUILD=auto|none|cpu chooses what to compile. "auto" tries everything and installs without what fails to build;
-a name makes its failure an error, which shows the reason. Building needs neither torch nor a GPU.
+SSM_OPS_BUILD=auto|none|cpu|cuda chooses what to compile. "auto" builds the CPU library, and the CUDA library (half a
+minute) where there are nvcc and a torch with CUDA, and installs without what fails; a name makes its failure an error,
+which shows the reason. Building needs no GPU: TORCH_CUDA_ARCH_LIST says for which ones; without it, ARCHITECTURES.
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 LIBRARIES = {"ssm_ops": "kernels", "ssm_models": "classification"}
 SCRIPTS = ("classification", "analyze")
-BUILDS = ("auto", "none", "cpu")
+BUILDS = ("auto", "none", "cpu", "cuda")
+ARCHITECTURES = ("80", "86", "89", "90", "100")
 
 build = os.environ.get("SSM_OPS_BUILD", "auto")
 if build not in BUILDS:
@@ -46,8 +55,80 @@ def cpu_extension() -> Extension:
     )
 
 
+def find_nvcc() -> str | None:
+    for home in filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH"))):
+        if (Path(home) / "bin" / "nvcc").is_file():
+            return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """Machine code for every architecture, and of the last one also PTX, which later GPUs compile when they load it."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    names = [x.removesuffix("+PTX").replace(".", "") for x in re.split("[; ,]+", listed) if x[:1].isdigit()]
+    if not names:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        names = [x for x in ARCHITECTURES if f"sm_{x}" in known] or ["80"]
+    flags = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in names]
+    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
+class BuildExtensions(build_ext):
+    """Sources in .cu go through nvcc, two at a time, into a shared library like that of the CPU."""
+
+    def build_extension(self, ext):
+        if not ext.sources[0].endswith(".cu"):
+            return super().build_extension(ext)
+        target, folder = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp, "cuda")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CompileError("nvcc was found neither in CUDA_HOME nor on the PATH")
+        for where in (folder, target.parent):
+            where.mkdir(parents=True, exist_ok=True)
+        objects = [str(folder / f"{Path(source).stem}.o") for source in ext.sources]
+        compile_ = [nvcc, *ext.extra_compile_args, *architecture_flags(nvcc), "-c"]
+        commands = [[*compile_, source, "-o", to] for source, to in zip(ext.sources, objects, strict=True)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self.run_command_line, commands))
+        self.run_command_line([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(target)])
+
+    def run_command_line(self, command: list[str]) -> None:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            if build != "auto":
+                print(done.stdout, file=sys.stderr)
+            raise CompileError(f"nvcc failed on {command[-3]}; SSM_OPS_BUILD=cuda shows why")
+
+
+def cuda_extension() -> Extension:
+    folder = Path("kernels/csrc/cuda")
+    return Extension(
+        "ssm_ops._cuda",
+        sources=sorted(map(str, folder.glob("*.cu"))),
+        depends=sorted(map(str, folder.glob("*.cuh"))),
+        extra_compile_args=["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"],
+        optional=build == "auto",
+    )
+
+
+def wants_cuda() -> bool:
+    """The answer of "auto"; torch is imported only where there is a compiler, as that takes seconds."""
+    if find_nvcc() is None:
+        return False
+    try:
+        import torch
+    except ImportError:  # an isolated build does not see the installed one
+        print("ssm_ops: no torch is visible here, so no CUDA library; SSM_OPS_BUILD=cuda builds it", file=sys.stderr)
+        return False
+    return torch.version.cuda is not None
+
+
+extensions = [cpu_extension()] if build in ("auto", "cpu") else []
+extensions += [cuda_extension()] if build == "cuda" or (build == "auto" and wants_cuda()) else []
+
 setup(
     packages=packages,
     package_dir={library: f"{where}/{library}" for library, where in LIBRARIES.items()},
-    ext_modules=[cpu_extension()] if build in ("auto", "cpu") else [],
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExtensions},
 )

@@ -58,7 +58,10 @@ class Operator:
     kernel_dtypes: tuple[torch.dtype, ...] | None
 
     def find(self, impl: str) -> Implementation | None:
-        return next((i for i in self.implementations if i.name == impl), None)
+        for implementation in self.implementations:
+            if implementation.name == impl:
+                return implementation
+        return None
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -85,8 +88,8 @@ def why_unavailable(operator: Operator, impl: str, device_type: str, dtype: torc
     found = operator.find(impl)
     if found is None:
         return f"{operator.name} has no {impl} implementation"
-    if impl == "cpu" and _native.PATH is None:
-        return "the C++ library is not built: SSM_OPS_BUILD=cpu " + BUILD_COMMAND
+    if impl in _native.PATHS and _native.PATHS[impl] is None:
+        return f"the {impl} library is not built: SSM_OPS_BUILD={impl} {BUILD_COMMAND}"
     if impl != "reference" and None not in (dtype, operator.kernel_dtypes) and dtype not in operator.kernel_dtypes:
         return f"it computes in {', '.join(map(str, operator.kernel_dtypes))}, not in {dtype}"
     if impl == "triton":
@@ -103,7 +106,8 @@ def why_unavailable(operator: Operator, impl: str, device_type: str, dtype: torc
 
 def available(operator: Operator, device_type: str, dtype: torch.dtype | None = None) -> list[str]:
     """Names of the implementations that can run on this kind of device (and dtype), fastest first."""
-    return [i.name for i in operator.implementations if why_unavailable(operator, i.name, device_type, dtype) is None]
+    names = [i.name for i in operator.implementations if why_unavailable(operator, i.name, device_type, dtype) is None]
+    return sorted(names, key=lambda name: name == "triton" and device_type == "cpu")  # an interpreter, for tests
 
 
 _WARNED: set[str] = set()

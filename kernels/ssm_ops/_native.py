@@ -1,4 +1,4 @@
-"""The compiled CPU library: a plain C interface (csrc/cpu), called through ctypes, so that it fits every torch."""
+"""The compiled libraries: plain C interfaces (csrc/cpu, csrc/cuda), called through ctypes, so they fit every torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ import importlib.util
 import torch
 from torch import Tensor
 
-_FOUND = importlib.util.find_spec(f"{__package__}._cpu")
-PATH = None if _FOUND is None else _FOUND.origin
-"""Of the library, None if it is not built."""
+
+def _find(name: str) -> str | None:
+    found = importlib.util.find_spec(f"{__package__}._{name}")
+    return None if found is None else found.origin
+
+
+PATHS = {"cpu": _find("cpu"), "cuda": _find("cuda")}
+"""Of the libraries, None where one is not built."""
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    # torch is imported, so its OpenMP is loaded, and the library shares it (same soname): one pool of threads
-    return ctypes.CDLL(PATH)
+def library(name: str = "cpu") -> ctypes.CDLL:
+    # torch is imported, so its OpenMP is loaded, and the CPU library shares it (same soname): one pool of threads
+    loaded = ctypes.CDLL(PATHS[name])
+    if name == "cuda":  # its functions return None or what went wrong
+        for direction in ("forward", "backward"):
+            for dtype in ("float32", "float16", "bfloat16"):
+                getattr(loaded, f"selective_scan_{direction}_{dtype}").restype = ctypes.c_char_p
+    return loaded
 
 
 class Map(ctypes.Structure):

@@ -5,10 +5,14 @@ Shapes: B batch, C channels, H W map, L = H*W, K = 4 routes.
 
 from __future__ import annotations
 
-from .._library import declare, register
+import torch
 
-CROSS_SCAN = declare("cross_scan", __package__, reference=None)
-CROSS_MERGE = declare("cross_merge", __package__, reference=None)
+from .._library import SINGLE_AND_HALF, declare, register
+
+FLOATING = (*SINGLE_AND_HALF, torch.float64)
+
+CROSS_SCAN = declare("cross_scan", __package__, FLOATING, triton=("cuda",), reference=None)
+CROSS_MERGE = declare("cross_merge", __package__, FLOATING, triton=("cuda",), reference=None)
 
 _FLAGS = "bool in_channel_first, bool out_channel_first, bool one_by_one, str scans, str impl"
 

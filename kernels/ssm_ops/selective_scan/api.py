@@ -94,7 +94,8 @@ class _SelectiveScan(torch.autograd.Function):
                 grads = reference.backward(*args)
         else:
             grads = ops.selective_scan_bwd(*args, ctx.impl)
-        grads = (None if x is None else g for x, g in zip(inputs, grads, strict=False))
+        *inputs, _states = inputs
+        grads = (None if x is None else g for x, g in zip(inputs, grads, strict=True))
         return *grads, None, None, None
 
 

@@ -15,9 +15,17 @@ from torch import Tensor
 
 from .._library import SINGLE_AND_HALF, declare, register
 
-SELECTIVE_SCAN = declare("selective_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), reference=None)
+SELECTIVE_SCAN = declare(
+    "selective_scan",
+    __package__,
+    SINGLE_AND_HALF,
+    cuda=("cuda",),
+    cpu=("cpu",),
+    triton=("cuda",),
+    reference=None,
+)
 
-STATE_CHUNK = {"cpu": 64, "reference": 256}
+STATE_CHUNK = {"cuda": 64, "cpu": 64, "triton": 128, "reference": 256}
 """Tokens between two saved states, by implementation."""
 
 

@@ -1,0 +1,3 @@
+#include "selective_scan.cuh"
+
+SSM_BACKWARD(float16, __half)

@@ -1,0 +1,3 @@
+#include "selective_scan.cuh"
+
+SSM_FORWARD(float32, float)

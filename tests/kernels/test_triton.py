@@ -1,0 +1,146 @@
+"""The Triton kernels without a GPU: their numbers under the interpreter, and whether they compile for GPUs."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssm_ops import selective_scan
+from tests.kernels.common import scan_inputs, to_dtype
+
+triton = pytest.importorskip("triton")
+HERE = Path(__file__).parent
+SCAN, CROSS = (importlib.import_module(f"ssm_ops.{name}.impl.triton") for name in ("selective_scan", "cross_scan"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same on the GPU")
+def test_operators_under_the_interpreter():
+    """The tests of every implementation, and those of triton_cases.py, in a process where kernels run on the CPU."""
+    files = [str(HERE / name) for name in ("triton_cases.py", "test_cross_scan.py", "test_selective_scan.py")]
+    # the finite differences of the adjoint test are thousands of launches; triton_cases.py has the same equality
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.kernels.interpreter", "-k", "triton and not adjoint"]
+    done = subprocess.run(
+        [*command, *files],
+        cwd=HERE.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    summary = done.stdout.splitlines()[-1] if done.stdout else done.stderr
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"(\d+) passed", summary), summary
+    assert int(re.search(r"(\d+) passed", summary)[1]) >= 160 and "skipped" not in summary, summary
+
+
+# ---- compiled for a GPU, without one -------------------------------------------------------------------------------
+
+
+def compile_for_gpu(kernel, pointers: dict[str, str | None], constants: dict, num_warps: int, capability: int):
+    """The kernel's cubin. `pointers`: dtype by name, None for an absent tensor; other arguments are int32."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = constants | {name: None for name, dtype in pointers.items() if dtype is None}
+    signature = {}
+    for parameter in kernel.params:
+        dtype = pointers.get(parameter.name)
+        signature[parameter.name] = "constexpr" if parameter.name in constants else f"*{dtype}" if dtype else "i32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}).asm[
+        "cubin"
+    ]
+
+
+def stack_bytes(cubin: bytes, folder: Path) -> int:
+    """Bytes a thread keeps in memory because it has not enough registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip(f"no {tool}")
+    (folder / "kernel.cubin").write_bytes(cubin)
+    usage = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+
+
+@pytest.fixture
+def no_cache(monkeypatch, tmp_path):
+    if INTERPRETED:
+        pytest.skip("kernels are not compiled under TRITON_INTERPRET=1")
+    if "nvidia" not in triton.backends.backends:
+        pytest.skip("this triton has no compiler for NVIDIA GPUs")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+# batch, channels, length, state, dtype: the shapes that matter, and the rest of the dtypes and alignments
+SCANS = [
+    (128, 768, 3136, 1, "bf16", False),
+    (128, 768, 3136, 1, "fp32", False),
+    (128, 768, 196, 16, "fp16", True),
+    (1, 8, 49, 1, "bf16", True),
+]
+
+
+@pytest.mark.parametrize("batch, dim, length, n_state, dtype, gate", SCANS)
+def test_selective_scan_compiles(no_cache, batch, dim, length, n_state, dtype, gate):
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    u = torch.empty(batch, dim, length, dtype=torch_dtype, device="meta")
+    width = SCAN._vector_width([u])
+    for kernel, max_warps in ((SCAN.selective_scan_fwd_kernel, 1), (SCAN.selective_scan_bwd_kernel, 4)):
+        _, blocks = SCAN._plan(u, 4, n_state, width, max_warps)
+        warps = blocks.pop("num_warps")
+        maps = dict.fromkeys(("u", "delta", "B", "C", "out", "dout", "du", "ddelta"), dtype)
+        gates = dict.fromkeys(("z", "dz"), dtype if gate else None)
+        kept = dict.fromkeys(("A", "D", "delta_bias", "states", "last", "dA", "dB", "dC", "dD", "dbias"), "fp32")
+        pointers = {n: t for n, t in (maps | gates | kept).items() if n in kernel.arg_names}
+        constants = blocks | {"N": n_state, "SOFTPLUS": True, "STAGES": 2}
+        cubin = compile_for_gpu(kernel, pointers, constants, warps, 90)
+        if n_state == 1 and width > 1:
+            assert stack_bytes(cubin, no_cache) <= 64
+
+
+@pytest.mark.parametrize("kernel", [CROSS.cross_scan_kernel, CROSS.cross_merge_kernel], ids=["scan", "merge"])
+@pytest.mark.parametrize("dtype, size, layouts", [("bf16", 56, "FF"), ("fp32", 56, "LF"), ("fp16", 7, "FL")])
+def test_cross_scan_and_merge_compile(no_cache, kernel, dtype, size, layouts):
+    x_last, y_last = (layout == "L" for layout in layouts)
+    columns, backwards = CROSS.ROUTES["cross2d"]
+    block = CROSS._blocks(192, size, size, x_last, y_last)
+    vectors = dict.fromkeys(("X_VEC", "Y_VEC", "C_VEC", "L_VEC"), 4 if size % 4 == 0 else 1)
+    constants = dict(zip(("BC", "BH", "BW"), block, strict=True)) | vectors
+    constants |= {"ONE_BY_ONE": False, "COLUMNS": columns, "BACKWARDS": backwards, "X_LAST": x_last, "Y_LAST": y_last}
+    cubin = compile_for_gpu(kernel, {"x": dtype, "y": dtype}, constants, 4, 80)
+    assert stack_bytes(cubin, no_cache) == 0
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled under TRITON_INTERPRET=1")
+def test_sizes_do_not_make_new_versions_of_a_kernel():
+    """A new version is made by a dtype, by a constant, or by an integer that is specialised on: here by none."""
+    kernels = (SCAN.selective_scan_fwd_kernel, SCAN.selective_scan_bwd_kernel)
+    tensors = {"u", "delta", "A", "B", "C", "D", "z", "delta_bias", "out", "last", "states", "dout"}
+    tensors |= {"du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias"}
+    integers = [p for kernel in kernels for p in kernel.params if not p.is_constexpr and p.name not in tensors]
+    for kernel in (CROSS.cross_scan_kernel, CROSS.cross_merge_kernel):
+        integers += [p for p in kernel.params if not p.is_constexpr and p.name not in ("x", "y")]
+    assert len(integers) > 50 and all(p.do_not_specialize for p in integers)
+
+    def plan(batch, height, width):
+        u = torch.empty(batch, 384, height * width, dtype=torch.bfloat16, device="meta")
+        return tuple(SCAN._plan(u, 4, 1, SCAN._vector_width([u]), max_warps=4)[1].items())
+
+    assert len({plan(b, h, w) for b in (16, 100, 128) for h in (16, 40, 56, 200) for w in (16, 48, 72, 336)}) == 1
+    assert len({plan(b, h, w) for b in (1, 2, 9, 128) for h in range(1, 70, 3) for w in range(1, 70, 3)}) <= 32
+
+
+def test_float64_is_refused_by_name():
+    inputs = to_dtype(scan_inputs(1, 2, 4, 1), torch.float64)
+    with pytest.raises(RuntimeError, match="impl='triton' is not available.*not in torch.float64"):
+        selective_scan(**inputs, impl="triton")
