@@ -99,6 +99,8 @@ def joined_world(device_name: str) -> Iterator[World]:
 
 def _leave(size: int) -> None:
     if size > 1:
+        # together: with torch 2.6, a rank that leaves early can keep another waiting for ever
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -18,6 +18,13 @@
 
 constexpr int W = 16;  // channels of a block
 
+// A loop whose turns do not depend on each other: the compiler need not prove that the tiles do not overlap.
+#if defined(__GNUC__) && !defined(__clang__)
+#define SSM_LANES(i, count) _Pragma("GCC ivdep") for (int i = 0; i < (count); i++)
+#else
+#define SSM_LANES(i, count) for (int i = 0; i < (count); i++)
+#endif
+
 SSM_INLINE float from_bits(int32_t i) {
     float f;
     std::memcpy(&f, &i, 4);

@@ -8,17 +8,34 @@
 constexpr int T = 64;  // tokens of a chunk; STATE_CHUNK["cpu"] of the operators
 constexpr int MAX_STATE = 256;
 
+// Floats of a tile (T, W), and a cache line more: tiles lie one behind the other on the stack, and if equal places of all
+// of them had equal addresses modulo 4096, a load would wait for the store to another tile before it.
+constexpr int TILE = T * W + W;
+
 // h: the state before the chunk, becomes the one after it. y += C h.
 SSM_INLINE void scan_chunk(
     int tokens, const float* dt, const float* dtu, const float* A, const float* B, const float* C, float* h, float* y) {
     float state[W];
     std::memcpy(state, h, sizeof(state));
     for (int t = 0; t < tokens; t++)
-        for (int c = 0; c < W; c++) {
+        SSM_LANES(c, W) {
             state[c] = fast_exp(dt[t * W + c] * A[c]) * state[c] + dtu[t * W + c] * B[t];
             y[t * W + c] += state[c] * C[t];
         }
     std::memcpy(h, state, sizeof(state));
+}
+
+// sums[t] = sum over the channels of tile[t]; W tokens at a time, turned so that the additions are vector operations.
+// Writes up to the next multiple of W tokens.
+SSM_INLINE void sum_lanes(const float* tile, int tokens, float* sums) {
+    alignas(64) float turned[W * W];
+    for (int start = 0; start < tokens; start += W) {
+        transpose(tile + start * W, W, turned, W);
+        float sum[W] = {};
+        SSM_LANES(c, W)
+            SSM_LANES(t, W) sum[t] += turned[c * W + t];
+        std::memcpy(sums + start, sum, sizeof(sum));
+    }
 }
 
 // What the adjoint of a chunk adds to, besides the gradients of B and C.
@@ -29,15 +46,15 @@ struct Adjoint {
     float* ddt;     // (T, W): += lambda exp(dt A) h_{t-1} A; the part through dt u B is du times u
 };
 
-// From the state before the chunk and dy, the gradient of y; dB, dC: (T), sums over the channels, overwritten.
+// From the state before the chunk and dy, the gradient of y; dB, dC: (T), sums over the channels, overwritten up to a multiple of W.
 SSM_INLINE void adjoint_chunk(
     int tokens, const float* dt, const float* dtu, const float* dy, const float* A, const float* B, const float* C,
     const float* h, const Adjoint& to, float* dB, float* dC) {
-    alignas(64) float kept[T * W], factor[T * W], to_B[T * W];
+    alignas(64) float kept[TILE], factor[TILE], to_B[TILE];
     float state[W], lambda[W], dA[W] = {};
     std::memcpy(state, h, sizeof(state));
     for (int t = 0; t < tokens; t++)
-        for (int c = 0; c < W; c++) {
+        SSM_LANES(c, W) {
             const int i = t * W + c;
             factor[i] = fast_exp(dt[i] * A[c]);
             kept[i] = factor[i] * state[c];  // what is left of the state before the token
@@ -45,7 +62,7 @@ SSM_INLINE void adjoint_chunk(
         }
     std::memcpy(lambda, to.lambda, sizeof(lambda));
     for (int t = tokens - 1; t >= 0; t--)
-        for (int c = 0; c < W; c++) {
+        SSM_LANES(c, W) {
             const int i = t * W + c;
             lambda[c] += dy[i] * C[t];
             const float decay = lambda[c] * kept[i];
@@ -57,16 +74,9 @@ SSM_INLINE void adjoint_chunk(
             lambda[c] *= factor[i];
         }
     std::memcpy(to.lambda, lambda, sizeof(lambda));
-    for (int c = 0; c < W; c++) to.dA[c] += dA[c];
-    for (int t = 0; t < tokens; t++) {
-        for (int half = W / 2; half > 0; half /= 2)
-            for (int c = 0; c < half; c++) {
-                to_B[t * W + c] += to_B[t * W + c + half];
-                kept[t * W + c] += kept[t * W + c + half];
-            }
-        dB[t] = to_B[t * W];
-        dC[t] = kept[t * W];
-    }
+    SSM_LANES(c, W) to.dA[c] += dA[c];
+    sum_lanes(to_B, tokens, dB);
+    sum_lanes(kept, tokens, dC);
 }
 
 // The gradients of u and of the raw step size (before softplus), once du and ddt have been summed over n.
@@ -74,18 +84,21 @@ SSM_INLINE void adjoint_chunk(
 SSM_INLINE void finish_adjoint(
     int tokens, const float* raw, const float* dt, const float* u, const float* dy, const float* skip, bool softplus,
     float* du, float* ddt, float* dD, float* dbias) {
+    SSM_LANES(i, tokens * W) ddt[i] += du[i] * u[i];
+    if (softplus)
+        SSM_LANES(i, tokens * W) {
+            const float slope = sigmoid(raw[i]);
+            ddt[i] *= raw[i] > 20.0f ? 1.0f : slope;
+        }
     float sum_D[W] = {}, sum_bias[W] = {};
     for (int t = 0; t < tokens; t++)
-        for (int c = 0; c < W; c++) {
+        SSM_LANES(c, W) {
             const int i = t * W + c;
-            float d = ddt[i] + du[i] * u[i];
-            if (softplus) d = raw[i] > 20.0f ? d : d * sigmoid(raw[i]);
-            ddt[i] = d;
-            sum_bias[c] += d;
+            sum_bias[c] += ddt[i];
             sum_D[c] += dy[i] * u[i];
             du[i] = du[i] * dt[i] + dy[i] * skip[c];
         }
-    for (int c = 0; c < W; c++) {
+    SSM_LANES(c, W) {
         dD[c] += sum_D[c];
         dbias[c] += sum_bias[c];
     }

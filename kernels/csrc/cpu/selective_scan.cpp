@@ -64,16 +64,16 @@ SSM_INLINE void load_step_sizes(const Args& a, const Block& k, int64_t start, in
         float bias[W] = {};
         for (int c = 0; c < k.lanes; c++) bias[c] = a.bias[(k.first + c) / a.delta.repeat];
         for (int t = 0; t < tokens; t++)
-            for (int c = 0; c < W; c++) raw[t * W + c] += bias[c];
+            SSM_LANES(c, W) raw[t * W + c] += bias[c];
     }
     if (a.softplus)
-        for (int i = 0; i < tokens * W; i++) dt[i] = softplus(raw[i]);
+        SSM_LANES(i, tokens * W) dt[i] = softplus(raw[i]);
     else
         std::memcpy(dt, raw, sizeof(float) * W * tokens);
 }
 
 SSM_INLINE void load_column(const Args& a, const Block& k, int64_t n, float* column) {
-    for (int c = 0; c < W; c++) column[c] = c < k.lanes ? a.A[(k.first + c) * a.state + n] : 0.0f;
+    SSM_LANES(c, W) column[c] = c < k.lanes ? a.A[(k.first + c) * a.state + n] : 0.0f;
 }
 
 SSM_INLINE void load_scalars(const Args& a, const Block& k, int64_t n, int64_t start, int tokens, float* B, float* C) {
@@ -96,7 +96,7 @@ SSM_INLINE void scan_states(
 
 SSM_VERSIONS void forward_block(const Args& a, int64_t b, int64_t g, int64_t index) {
     const Block k = make_block(a, b, g, index);
-    alignas(64) float raw[T * W], dt[T * W], u[T * W], y[T * W], dtu[T * W], gate[T * W], h[MAX_STATE * W];
+    alignas(64) float raw[TILE], dt[TILE], u[TILE], y[TILE], dtu[TILE], gate[TILE], h[MAX_STATE * W];
     const int64_t per_group = a.dim / a.groups;
     std::memset(h, 0, sizeof(float) * W * a.state);
     float skip[W] = {};
@@ -113,14 +113,14 @@ SSM_VERSIONS void forward_block(const Args& a, int64_t b, int64_t g, int64_t ind
         load_tile(u, a.u, k.b, k.first, k.lanes, start, tokens);
         load_step_sizes(a, k, start, tokens, raw, dt);
         for (int t = 0; t < tokens; t++)
-            for (int c = 0; c < W; c++) {
+            SSM_LANES(c, W) {
                 dtu[t * W + c] = dt[t * W + c] * u[t * W + c];
                 y[t * W + c] = skip[c] * u[t * W + c];
             }
         scan_states(a, k, start, tokens, dt, dtu, h, y);
         if (a.z.data) {
             load_tile(gate, a.z, k.b, k.first, k.lanes, start, tokens);
-            for (int i = 0; i < tokens * W; i++) y[i] *= gate[i] * sigmoid(gate[i]);
+            SSM_LANES(i, tokens * W) y[i] *= gate[i] * sigmoid(gate[i]);
         }
         store_tile(a.out + (k.b * a.dim + k.first) * a.length + start, a.length, y, k.lanes, tokens);
     }
@@ -134,7 +134,7 @@ SSM_VERSIONS void forward_block(const Args& a, int64_t b, int64_t g, int64_t ind
 
 SSM_VERSIONS void backward_block(const Args& a, int64_t b, int64_t g, int64_t index, float* dB, float* dC) {
     const Block k = make_block(a, b, g, index);
-    alignas(64) float raw[T * W], dt[T * W], u[T * W], dtu[T * W], dy[T * W], du[T * W], ddt[T * W], y[T * W], gate[T * W];
+    alignas(64) float raw[TILE], dt[TILE], u[TILE], dtu[TILE], dy[TILE], du[TILE], ddt[TILE], y[TILE], gate[TILE];
     alignas(64) float h0[MAX_STATE * W], h[MAX_STATE * W], carry[MAX_STATE * W], dA[MAX_STATE * W];
     const int64_t per_group = a.dim / a.groups;
     std::memset(carry, 0, sizeof(float) * W * a.state);
@@ -149,21 +149,21 @@ SSM_VERSIONS void backward_block(const Args& a, int64_t b, int64_t g, int64_t in
         const int tokens = static_cast<int>(a.length - start < T ? a.length - start : T);
         const float* slot = state_slot(a, k, chunk);
         for (int64_t n = 0; n < a.state; n++)
-            for (int c = 0; c < W; c++) h0[n * W + c] = c < k.lanes ? slot[n * per_group + c] : 0.0f;
+            SSM_LANES(c, W) h0[n * W + c] = c < k.lanes ? slot[n * per_group + c] : 0.0f;
         const int64_t rows = (k.b * a.dim + k.first) * a.length + start;
         load_tile(u, a.u, k.b, k.first, k.lanes, start, tokens);
         load_tile(dy, a.dout, k.b, k.first, k.lanes, start, tokens);
         load_step_sizes(a, k, start, tokens, raw, dt);
-        for (int i = 0; i < tokens * W; i++) dtu[i] = dt[i] * u[i];
+        SSM_LANES(i, tokens * W) dtu[i] = dt[i] * u[i];
 
         if (a.z.data) {
             // the output before the gate, again, for the gradient of the gate
             for (int t = 0; t < tokens; t++)
-                for (int c = 0; c < W; c++) y[t * W + c] = skip[c] * u[t * W + c];
+                SSM_LANES(c, W) y[t * W + c] = skip[c] * u[t * W + c];
             std::memcpy(h, h0, sizeof(float) * W * a.state);
             scan_states(a, k, start, tokens, dt, dtu, h, y);
             load_tile(gate, a.z, k.b, k.first, k.lanes, start, tokens);
-            for (int i = 0; i < tokens * W; i++) {
+            SSM_LANES(i, tokens * W) {
                 const float s = sigmoid(gate[i]);
                 y[i] = dy[i] * y[i] * s * (1.0f + gate[i] * (1.0f - s));
                 dy[i] = dy[i] * gate[i] * s;

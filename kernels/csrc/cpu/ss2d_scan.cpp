@@ -70,7 +70,7 @@ SSM_INLINE void store_pixels(const Args& a, const Block& k, const float* buffer,
 }
 
 SSM_INLINE void load_row(const float* row, const Block& k, float* lanes) {
-    for (int c = 0; c < W; c++) lanes[c] = c < k.lanes ? row[k.first + c] : 0.0f;
+    SSM_LANES(c, W) lanes[c] = c < k.lanes ? row[k.first + c] : 0.0f;
 }
 
 SSM_INLINE float* state_row(const Args& a, const Block& k, int64_t chunk, int route, int64_t n) {
@@ -94,7 +94,7 @@ struct Chunk {
     int tokens;
     const float* proj[T];
     int32_t pixel[T];
-    alignas(64) float x[T * W], raw[T * W], dt[T * W], dtx[T * W];
+    alignas(64) float x[TILE], raw[TILE], dt[TILE], dtx[TILE];
 };
 
 SSM_INLINE void load_chunk(
@@ -112,14 +112,14 @@ SSM_INLINE void load_chunk(
         float sums[ROWS][W];
         for (int j = 0; j < ROWS; j++) {
             rows[j] = s.proj[t + j < s.tokens ? t + j : s.tokens - 1];
-            for (int c = 0; c < W; c++) sums[j][c] = p.bias[c];
+            SSM_LANES(c, W) sums[j][c] = p.bias[c];
         }
         for (int64_t r = 0; r < a.rank; r++)
             for (int j = 0; j < ROWS; j++)
-                for (int c = 0; c < W; c++) sums[j][c] += rows[j][r] * p.weight[r * W + c];
+                SSM_LANES(c, W) sums[j][c] += rows[j][r] * p.weight[r * W + c];
         for (int j = 0; j < ROWS && t + j < s.tokens; j++) std::memcpy(s.raw + (t + j) * W, sums[j], sizeof(sums[j]));
     }
-    for (int i = 0; i < s.tokens * W; i++) {
+    SSM_LANES(i, s.tokens * W) {
         s.dt[i] = softplus(s.raw[i]);
         s.dtx[i] = s.dt[i] * s.x[i];
     }
@@ -139,7 +139,7 @@ SSM_VERSIONS void forward_block(const Args& a, int64_t b, int64_t index, float* 
     std::memset(sum, 0, sizeof(float) * W * a.length);
     Route p;
     Chunk s;
-    alignas(64) float h[MAX_STATE * W], y[T * W];
+    alignas(64) float h[MAX_STATE * W], y[TILE];
     for (int route = 0; route < K; route++) {
         load_route(a, k, route, p);
         std::memset(h, 0, sizeof(float) * W * a.state);
@@ -148,7 +148,7 @@ SSM_VERSIONS void forward_block(const Args& a, int64_t b, int64_t index, float* 
                 std::memcpy(state_row(a, k, chunk, route, n) + k.first, h + n * W, sizeof(float) * k.lanes);
             load_chunk(a, k, route, p, x, start, s);
             for (int t = 0; t < s.tokens; t++)
-                for (int c = 0; c < W; c++) y[t * W + c] = p.skip[c] * s.x[t * W + c];
+                SSM_LANES(c, W) y[t * W + c] = p.skip[c] * s.x[t * W + c];
             for (int64_t n = 0; n < a.state; n++) {
                 float B[T], C[T];
                 load_scalars(a, s, n, B, C);
@@ -156,7 +156,7 @@ SSM_VERSIONS void forward_block(const Args& a, int64_t b, int64_t index, float* 
             }
             for (int t = 0; t < s.tokens; t++) {
                 float* to = sum + static_cast<int64_t>(s.pixel[t]) * W;
-                for (int c = 0; c < W; c++) to[c] += y[t * W + c];
+                SSM_LANES(c, W) to[c] += y[t * W + c];
             }
         }
     }
@@ -173,7 +173,7 @@ SSM_VERSIONS void backward_block(const Args& a, int64_t b, int64_t index, float*
     std::memset(dx_all, 0, sizeof(float) * W * a.length);
     Route p;
     Chunk s;
-    alignas(64) float dy[T * W], dx[T * W], ddt[T * W], h[W], lambda[MAX_STATE * W], dA[MAX_STATE * W];
+    alignas(64) float dy[TILE], dx[TILE], ddt[TILE], h[W], lambda[MAX_STATE * W], dA[MAX_STATE * W];
     alignas(64) float dweight[MAX_RANK * W], turned[W * MAX_RANK];
     for (int route = 0; route < K; route++) {
         load_route(a, k, route, p);
@@ -183,7 +183,7 @@ SSM_VERSIONS void backward_block(const Args& a, int64_t b, int64_t index, float*
         std::memset(dweight, 0, sizeof(float) * W * a.rank);
         std::memset(turned, 0, sizeof(float) * W * ranks);  // the weight with the rank innermost, padded to whole vectors
         for (int64_t r = 0; r < a.rank; r++)
-            for (int c = 0; c < W; c++) turned[c * ranks + r] = p.weight[r * W + c];
+            SSM_LANES(c, W) turned[c * ranks + r] = p.weight[r * W + c];
 
         int64_t chunk = (a.length + T - 1) / T;
         while (chunk-- > 0) {
@@ -208,17 +208,17 @@ SSM_VERSIONS void backward_block(const Args& a, int64_t b, int64_t index, float*
             for (int64_t r = 0; r < a.rank; r++) {
                 float sums[W] = {};
                 for (int t = 0; t < s.tokens; t++)
-                    for (int c = 0; c < W; c++) sums[c] += ddt[t * W + c] * s.proj[t][r];
-                for (int c = 0; c < W; c++) dweight[r * W + c] += sums[c];
+                    SSM_LANES(c, W) sums[c] += ddt[t * W + c] * s.proj[t][r];
+                SSM_LANES(c, W) dweight[r * W + c] += sums[c];
             }
             for (int t = 0; t < s.tokens; t++) {
                 float* to_x = dx_all + static_cast<int64_t>(s.pixel[t]) * W;
-                for (int c = 0; c < W; c++) to_x[c] += dx[t * W + c];
+                SSM_LANES(c, W) to_x[c] += dx[t * W + c];
                 float* to_rank = dproj + (static_cast<int64_t>(s.pixel[t]) * K + route) * fields;
                 for (int64_t first = 0; first < a.rank; first += W) {
                     float sums[W] = {};
-                    for (int c = 0; c < W; c++)
-                        for (int r = 0; r < W; r++) sums[r] += ddt[t * W + c] * turned[c * ranks + first + r];
+                    SSM_LANES(c, W)
+                        SSM_LANES(r, W) sums[r] += ddt[t * W + c] * turned[c * ranks + first + r];
                     const int64_t left = a.rank - first < W ? a.rank - first : W;
                     for (int64_t r = 0; r < left; r++) to_rank[first + r] += sums[r];
                 }
