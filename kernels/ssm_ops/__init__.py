@@ -1,9 +1,20 @@
 """Fast scan operators for vision state-space models. `python -m ssm_ops` tells what runs where."""
 
+from .causal_conv1d import causal_conv1d
 from .cross_scan import cross_merge, cross_scan
+from .nc_ssd import nc_ssd
 from .selective_scan import selective_scan
 from .ss2d_scan import ss2d_scan
+from .ssd import ssd_chunk_scan
 
 __version__ = "0.1.0"
 
-__all__ = ["cross_merge", "cross_scan", "selective_scan", "ss2d_scan"]
+__all__ = [
+    "causal_conv1d",
+    "cross_merge",
+    "cross_scan",
+    "nc_ssd",
+    "selective_scan",
+    "ss2d_scan",
+    "ssd_chunk_scan",
+]

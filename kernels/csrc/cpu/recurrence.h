@@ -46,7 +46,8 @@ struct Adjoint {
     float* ddt;     // (T, W): += lambda exp(dt A) h_{t-1} A; the part through dt u B is du times u
 };
 
-// From the state before the chunk and dy, the gradient of y; dB, dC: (T), sums over the channels, overwritten up to a multiple of W.
+// From the state before the chunk and dy, the gradient of y; dB, dC: (T), sums over the channels, overwritten up to a
+// multiple of W.
 SSM_INLINE void adjoint_chunk(
     int tokens, const float* dt, const float* dtu, const float* dy, const float* A, const float* B, const float* C,
     const float* h, const Adjoint& to, float* dB, float* dC) {

@@ -1,0 +1,3 @@
+from .api import causal_conv1d
+
+__all__ = ["causal_conv1d"]

@@ -1,0 +1,3 @@
+from .api import nc_ssd
+
+__all__ = ["nc_ssd"]
