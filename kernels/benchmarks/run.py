@@ -72,7 +72,8 @@ def gate(case: Case) -> dict[str, float]:
     for name, run in case.run.items():
         out = run(*case.inputs)
         torch.manual_seed(0)
-        results[name] = (out, *torch.autograd.grad(out, case.inputs, torch.randn_like(out)))
+        dout = torch.randn(out.shape, device=out.device).to(out.dtype)  # not randn_like, which follows the strides
+        results[name] = (out, *torch.autograd.grad(out, case.inputs, dout))
     first = next(iter(results.values()))
     return {
         name: max(
