@@ -72,7 +72,7 @@ class _Inputs:
         tensors = {"proj": self.proj, "dt_weight": self.dt_weight, "A": self.A, "D": self.D, "bias": self.dt_bias}
         for name, tensor in (tensors | pointers).items():
             setattr(a, name, pointer(tensor))
-        for name, size in zip(_SIZES, self.sizes, strict=False):
+        for name, size in zip(_SIZES[:-1], self.sizes, strict=True):  # the backward sets `parts`
             setattr(a, name, size)
         for k in range(4):
             a.order[k] = self.orders[k].data_ptr()
