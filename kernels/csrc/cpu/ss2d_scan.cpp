@@ -1,39 +1,33 @@
 // The four scans of SS2D over an image in one pass, forward and backward. Mathematics: kernels/ssm_ops/ss2d_scan/api.py.
 //
-// A block is W channels of one sample. Its pixels are brought into a buffer of the thread once (L x W floats, which stay
-// in the second-level cache up to about 90 x 90 pixels), all routes read from it, and the outputs are summed in another.
-// No route is ever written to memory, and neither are the step sizes: their R numbers per pixel and route are multiplied
-// with the block's rows of the weight on the spot. As in selective_scan.cpp, states are kept before every chunk only.
+// A map is channels-last: whichever way a route goes, the W channels of a block lie side by side at every pixel. So
+// routes are read from the map itself, and their outputs are summed in the output itself; neither the routes nor the step
+// sizes ever exist in memory. The channels are cut into `parts`, each walked by one thread, route after route, chunk after
+// chunk (T tokens), and within a chunk block after block: what all channels share of a chunk (where its pixels are, R
+// numbers for dt, B and C) is gathered once. The forward keeps the states before every chunk; the backward recomputes the
+// rest. The gradient of `proj` is a sum over channels, of which every part gives its own; the caller adds them, so that
+// nothing depends on the number of threads.
 //
-// Results do not depend on the number of threads. The gradient of `proj` is a sum over channels: it is formed in a fixed
-// number of `parts`, each in order, which the caller adds.
-//
-// Shapes: batch B, channels D, pixels L = H * Wd, routes K = 4, state N, rank R, F = R + 2 N.
+// Shapes: batch B, channels D (a multiple of W), pixels L = H * Wd, routes K = 4, state N, rank R, F = R + 2 N.
 
 #include <cstdlib>
+#include <initializer_list>
 
 #include "recurrence.h"
 
 constexpr int K = 4;
-constexpr int MAX_RANK = 256;
 
 extern "C" {
 
-// A map (batch, channel, pixel) of any strides.
-struct Pixels {
-    float* data;
-    int64_t batch, channel, pixel;
-};
-
 struct Ss2dArguments {
-    Pixels x, y, dy, dx;             // y and dy: the merged output and its gradient
+    const float *x, *dy;             // (B, L, D)
     const float* proj;               // (B, L, K, F): R numbers for dt, then B, then C, per pixel and route
-    const float* dt_weight;          // (K, R, D)
-    const float *A, *D, *bias;       // (K, N, D), (K, D), (K, D)
+    const float *dt_weight, *A, *D, *bias;  // (K, D, R), (K, D, N), (K, D), (K, D)
+    float *y, *dx;                   // (B, L, D)
     float* states;                   // (S, B, K, N, D)
     float* dproj;                    // (parts, B, L, K, F)
-    float *ddt_weight, *dA, *dD, *dbias;  // (B, K, R, D), (B, K, N, D), (B, K, D), (B, K, D): summed by the caller
-    const int32_t* order[K];         // (L): the pixel at every place of the route
+    float *ddt_weight, *dA, *dD, *dbias;    // (B, K, D, R), (B, K, D, N), (B, K, D), (B, K, D): the caller adds samples
+    const int32_t* order;            // (K, L): the pixel at every place of a route
     int64_t batch, dim, length, state, rank, parts;
     int32_t threads;
 };
@@ -44,245 +38,311 @@ namespace {
 
 using Args = Ss2dArguments;
 
-struct Block {
-    int64_t b, first;
-    int lanes;
+// The blocks of one part of one sample.
+struct Part {
+    int64_t index, b, first, blocks;  // first channel
 };
 
-SSM_INLINE Block make_block(const Args& a, int64_t b, int64_t index) {
-    const int64_t left = a.dim - index * W;
-    return {b, index * W, static_cast<int>(left < W ? left : W)};
+SSM_INLINE Part make_part(const Args& a, int64_t task) {
+    const int64_t index = task / a.batch, all = a.dim / W;
+    const int64_t from = index * all / a.parts, to = (index + 1) * all / a.parts;
+    return {index, task % a.batch, from * W, to - from};
 }
 
-// buffer[pixel][c]; lanes that do not exist are 0
-SSM_INLINE void load_pixels(const Args& a, const Block& k, const Pixels& from, float* buffer) {
-    load_tile(buffer, Map{from.data, from.batch, from.channel, from.pixel, 1}, k.b, k.first, k.lanes, 0, a.length);
+SSM_INLINE int64_t padded(int64_t rank) { return (rank + W - 1) / W * W; }
+
+SSM_INLINE float* state_row(const Args& a, const Part& p, int64_t chunk, int route, int64_t n) {
+    return a.states + (((chunk * a.batch + p.b) * K + route) * a.state + n) * a.dim + p.first;
 }
 
-SSM_INLINE void store_pixels(const Args& a, const Block& k, const float* buffer, const Pixels& to) {
-    float* target = to.data + k.b * to.batch + k.first * to.channel;
-    if (to.pixel == 1) {
-        store_tile(target, to.channel, buffer, k.lanes, a.length);
-        return;
+// Floats of memory that lasts, handed out piece by piece.
+struct Arena {
+    float* next;
+    float* take(int64_t floats) {
+        float* piece = next;
+        next += (floats + W - 1) / W * W;
+        return piece;
     }
-    for (int64_t l = 0; l < a.length; l++)
-        for (int c = 0; c < k.lanes; c++) target[l * to.pixel + c * to.channel] = buffer[l * W + c];
-}
-
-SSM_INLINE void load_row(const float* row, const Block& k, float* lanes) {
-    SSM_LANES(c, W) lanes[c] = c < k.lanes ? row[k.first + c] : 0.0f;
-}
-
-SSM_INLINE float* state_row(const Args& a, const Block& k, int64_t chunk, int route, int64_t n) {
-    return a.states + (((chunk * a.batch + k.b) * K + route) * a.state + n) * a.dim;
-}
-
-// What one route needs of the parameters, for the channels of the block.
-struct Route {
-    float weight[MAX_RANK * W], A[MAX_STATE * W], skip[W], bias[W];
 };
 
-SSM_INLINE void load_route(const Args& a, const Block& k, int route, Route& p) {
-    for (int64_t r = 0; r < a.rank; r++) load_row(a.dt_weight + (route * a.rank + r) * a.dim, k, p.weight + r * W);
-    for (int64_t n = 0; n < a.state; n++) load_row(a.A + (route * a.state + n) * a.dim, k, p.A + n * W);
-    load_row(a.D + route * a.dim, k, p.skip);
-    load_row(a.bias + route * a.dim, k, p.bias);
+// What a part needs of a route's parameters, by block, and of its states.
+struct Route {
+    float *weight, *turned;   // (block, R', W), (block, W, R') with R' = R padded by zeros
+    float *A, *skip, *bias;   // (block, N, W), (block, W), (block, W)
+    float *h;                 // (block, N, W): the states, or their gradients in the backward
+    float *dweight, *dA, *dD, *dbias;  // as weight, A, skip, bias
+
+    static int64_t floats(const Args& a, int64_t blocks) {
+        return blocks * W * (3 * padded(a.rank) + 4 * a.state + 4);
+    }
+
+    Route(const Args& a, const Part& p, Arena arena) {
+        const int64_t blocks = p.blocks * W, ranks = padded(a.rank);
+        weight = arena.take(blocks * ranks), turned = arena.take(blocks * ranks), dweight = arena.take(blocks * ranks);
+        A = arena.take(blocks * a.state), h = arena.take(blocks * a.state), dA = arena.take(blocks * a.state);
+        skip = arena.take(blocks), bias = arena.take(blocks), dD = arena.take(blocks), dbias = arena.take(blocks);
+    }
+};
+
+SSM_INLINE void load_route(const Args& a, const Part& p, int route, Route& r) {
+    const int64_t ranks = padded(a.rank), channels = p.blocks * W, first = route * a.dim + p.first;
+    for (int64_t c = 0; c < channels; c++) {
+        std::memcpy(r.turned + c * ranks, a.dt_weight + (first + c) * a.rank, sizeof(float) * a.rank);
+        std::memset(r.turned + c * ranks + a.rank, 0, sizeof(float) * (ranks - a.rank));
+        for (int64_t n = 0; n < a.state; n++)
+            r.A[(c / W * a.state + n) * W + c % W] = a.A[(first + c) * a.state + n];
+    }
+    for (int64_t c = 0; c < channels; c += W)
+        for (int64_t i = 0; i < ranks; i += W)
+            transpose(r.turned + c * ranks + i, ranks, r.weight + c * ranks + i * W, W);
+    std::memcpy(r.skip, a.D + first, sizeof(float) * channels);
+    std::memcpy(r.bias, a.bias + first, sizeof(float) * channels);
+    std::memset(r.h, 0, sizeof(float) * channels * a.state);
 }
 
-// A chunk of a route: where its pixels are, its inputs, step sizes and their product.
+// What all channels share of a chunk of a route.
 struct Chunk {
     int tokens;
-    const float* proj[T];
-    int32_t pixel[T];
-    alignas(64) float x[TILE], raw[TILE], dt[TILE], dtx[TILE];
+    int64_t pixel[T];
+    float *rank, *B, *C;        // (T, R'), (N, T), (N, T); zeros after the last token
+    float *drank, *dB, *dC;     // their gradients
+
+    static int64_t floats(const Args& a) { return T * (2 * padded(a.rank) + 4 * a.state); }
+
+    Chunk(const Args& a, Arena arena) {
+        const int64_t ranks = padded(a.rank);
+        rank = arena.take(T * ranks), drank = arena.take(T * ranks);
+        B = arena.take(T * a.state), C = arena.take(T * a.state);
+        dB = arena.take(T * a.state), dC = arena.take(T * a.state);
+        std::memset(rank, 0, sizeof(float) * T * ranks);
+        std::memset(B, 0, sizeof(float) * T * a.state);
+        std::memset(C, 0, sizeof(float) * T * a.state);
+    }
 };
 
-SSM_INLINE void load_chunk(
-    const Args& a, const Block& k, int route, const Route& p, const float* buffer, int64_t start, Chunk& s) {
-    const int64_t fields = a.rank + 2 * a.state;
+SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t start, Chunk& s) {
+    const int64_t fields = a.rank + 2 * a.state, ranks = padded(a.rank);
     s.tokens = static_cast<int>(a.length - start < T ? a.length - start : T);
     for (int t = 0; t < s.tokens; t++) {
-        s.pixel[t] = a.order[route][start + t];
-        s.proj[t] = a.proj + ((k.b * a.length + s.pixel[t]) * K + route) * fields;
-        std::memcpy(s.x + t * W, buffer + static_cast<int64_t>(s.pixel[t]) * W, sizeof(float) * W);
-    }
-    constexpr int ROWS = 4;  // tokens at once: the sums over r are chains of dependent operations
-    for (int t = 0; t < s.tokens; t += ROWS) {
-        const float* rows[ROWS];
-        float sums[ROWS][W];
-        for (int j = 0; j < ROWS; j++) {
-            rows[j] = s.proj[t + j < s.tokens ? t + j : s.tokens - 1];
-            SSM_LANES(c, W) sums[j][c] = p.bias[c];
+        s.pixel[t] = a.order[route * a.length + start + t];
+        const float* proj = a.proj + ((p.b * a.length + s.pixel[t]) * K + route) * fields;
+        std::memcpy(s.rank + t * ranks, proj, sizeof(float) * a.rank);
+        for (int64_t n = 0; n < a.state; n++) {
+            s.B[n * T + t] = proj[a.rank + n];
+            s.C[n * T + t] = proj[a.rank + a.state + n];
         }
-        for (int64_t r = 0; r < a.rank; r++)
-            for (int j = 0; j < ROWS; j++)
-                SSM_LANES(c, W) sums[j][c] += rows[j][r] * p.weight[r * W + c];
-        for (int j = 0; j < ROWS && t + j < s.tokens; j++) std::memcpy(s.raw + (t + j) * W, sums[j], sizeof(sums[j]));
     }
-    SSM_LANES(i, s.tokens * W) {
-        s.dt[i] = softplus(s.raw[i]);
-        s.dtx[i] = s.dt[i] * s.x[i];
+    for (int t = s.tokens; t < whole_groups(s.tokens); t++) {
+        std::memset(s.rank + t * ranks, 0, sizeof(float) * ranks);
+        for (int64_t n = 0; n < a.state; n++) s.B[n * T + t] = s.C[n * T + t] = 0.0f;
     }
 }
 
-SSM_INLINE void load_scalars(const Args& a, const Chunk& s, int64_t n, float* B, float* C) {
-    for (int t = 0; t < s.tokens; t++) {
-        B[t] = s.proj[t][a.rank + n];
-        C[t] = s.proj[t][a.rank + a.state + n];
-    }
+// One block of a chunk.
+struct Tiles {
+    alignas(64) float x[TILE], dt[TILE], dtx[TILE], slope[TILE];
+};
+
+// tile[t] = W channels of map at the pixels of the chunk
+SSM_INLINE void gather(const Args& a, const Chunk& s, const float* map, float* tile) {
+    for (int t = 0; t < s.tokens; t++) store(tile + t * W, load(map + s.pixel[t] * a.dim));
 }
 
-SSM_VERSIONS void forward_block(const Args& a, int64_t b, int64_t index, float* workspace) {
-    const Block k = make_block(a, b, index);
-    float *x = workspace, *sum = workspace + a.length * W;
-    load_pixels(a, k, a.x, x);
-    std::memset(sum, 0, sizeof(float) * W * a.length);
-    Route p;
-    Chunk s;
-    alignas(64) float h[MAX_STATE * W], y[TILE];
+// The step sizes are rank (T, R) times weight (R, W), a group of tokens at once.
+template <bool wants_slope>
+SSM_INLINE void load_block(const Args& a, const Chunk& s, const float* map, const float* weight, Lanes bias, Tiles& k) {
+    const int64_t ranks = padded(a.rank);
+    gather(a, s, map, k.x);
+    fill_up(k.x, s.tokens);
+    for (int t = 0; t < s.tokens; t += SIDE) {
+        Group x;
+        SSM_EACH x.v[j] = bias;
+        const float* rows = s.rank + t * ranks;
+        for (int64_t r = 0; r < a.rank; r++) {
+            const Lanes column = load(weight + r * W);
+            SSM_EACH x.v[j] += column * rows[j * ranks + r];
+        }
+        const Group power = exp_minus_magnitude(x), step = softplus(x, power);
+        if (wants_slope) store(k.slope + t * W, sigmoid(x, power));
+        store(k.dt + t * W, step);
+        SSM_EACH store(k.dtx + (t + j) * W, step.v[j] * load(k.x + (t + j) * W));
+    }
+    fill_up(k.dt, s.tokens);
+}
+
+SSM_INLINE void load_lanes(const float* from, int count, Lanes* to) {
+    for (int m = 0; m < count; m++) to[m] = load(from + m * W);
+}
+
+SSM_VERSIONS void forward_part(const Args& a, int64_t task, float* memory) {
+    const Part p = make_part(a, task);
+    Chunk s(a, {memory});
+    Route r(a, p, {memory + Chunk::floats(a)});
+    Tiles k;
+    alignas(64) float y[TILE];
+    const int64_t map = p.b * a.length * a.dim + p.first, ranks = padded(a.rank);
     for (int route = 0; route < K; route++) {
-        load_route(a, k, route, p);
-        std::memset(h, 0, sizeof(float) * W * a.state);
+        load_route(a, p, route, r);
         for (int64_t start = 0, chunk = 0; start < a.length; start += T, chunk++) {
-            for (int64_t n = 0; n < a.state; n++)
-                std::memcpy(state_row(a, k, chunk, route, n) + k.first, h + n * W, sizeof(float) * k.lanes);
-            load_chunk(a, k, route, p, x, start, s);
-            for (int t = 0; t < s.tokens; t++)
-                SSM_LANES(c, W) y[t * W + c] = p.skip[c] * s.x[t * W + c];
-            for (int64_t n = 0; n < a.state; n++) {
-                float B[T], C[T];
-                load_scalars(a, s, n, B, C);
-                scan_chunk(s.tokens, s.dt, s.dtx, p.A + n * W, B, C, h + n * W, y);
-            }
-            for (int t = 0; t < s.tokens; t++) {
-                float* to = sum + static_cast<int64_t>(s.pixel[t]) * W;
-                SSM_LANES(c, W) to[c] += y[t * W + c];
+            load_shared(a, p, route, start, s);
+            for (int64_t i = 0; i < p.blocks; i++) {
+                float* h = r.h + i * a.state * W;
+                const float* A = r.A + i * a.state * W;
+                for (int64_t n = 0; n < a.state; n++)
+                    store(state_row(a, p, chunk, route, n) + i * W, load(h + n * W));
+                load_block<false>(a, s, a.x + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
+                const Lanes skip = load(r.skip + i * W);
+                for (int j = 0; j < s.tokens * W; j += W) store(y + j, load(k.x + j) * skip);
+                Lanes columns[2];
+                int64_t n = 0;
+                for (; n + 1 < a.state; n += 2) {
+                    load_lanes(A + n * W, 2, columns);
+                    scan_chunk<2>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
+                }
+                if (n < a.state) {
+                    load_lanes(A + n * W, 1, columns);
+                    scan_chunk<1>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
+                }
+                float* out = a.y + map + i * W;
+                if (route == 0)
+                    for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(y + t * W));
+                else
+                    for (int t = 0; t < s.tokens; t++) add_to(out + s.pixel[t] * a.dim, load(y + t * W));
             }
         }
     }
-    store_pixels(a, k, sum, a.y);
 }
 
-// dproj: the part of the gradient that this block adds to, (L, K, F) of its sample
-SSM_VERSIONS void backward_block(const Args& a, int64_t b, int64_t index, float* workspace, float* dproj) {
-    const Block k = make_block(a, b, index);
-    const int64_t fields = a.rank + 2 * a.state, ranks = (a.rank + W - 1) / W * W;
-    float *x = workspace, *dy_all = x + a.length * W, *dx_all = dy_all + a.length * W;
-    load_pixels(a, k, a.x, x);
-    load_pixels(a, k, a.dy, dy_all);
-    std::memset(dx_all, 0, sizeof(float) * W * a.length);
-    Route p;
-    Chunk s;
-    alignas(64) float dy[TILE], dx[TILE], ddt[TILE], h[W], lambda[MAX_STATE * W], dA[MAX_STATE * W];
-    alignas(64) float dweight[MAX_RANK * W], turned[W * MAX_RANK];
-    for (int route = 0; route < K; route++) {
-        load_route(a, k, route, p);
-        float dD[W] = {}, dbias[W] = {};
-        std::memset(lambda, 0, sizeof(float) * W * a.state);
-        std::memset(dA, 0, sizeof(float) * W * a.state);
-        std::memset(dweight, 0, sizeof(float) * W * a.rank);
-        std::memset(turned, 0, sizeof(float) * W * ranks);  // the weight with the rank innermost, padded to whole vectors
-        for (int64_t r = 0; r < a.rank; r++)
-            SSM_LANES(c, W) turned[c * ranks + r] = p.weight[r * W + c];
+// dweight (R', W) += rank (T, R')^T ddt (T, W)
+SSM_INLINE void add_weight_gradient(const Args& a, const Chunk& s, const float* ddt, float* dweight) {
+    const int64_t ranks = padded(a.rank);
+    constexpr int ROWS = 8;
+    for (int64_t first = 0; first < a.rank; first += ROWS) {
+        Lanes sums[ROWS] = {};
+        for (int t = 0; t < s.tokens; t++) {
+            const Lanes gradient = load(ddt + t * W);
+            for (int j = 0; j < ROWS; j++) sums[j] += gradient * s.rank[t * ranks + first + j];
+        }
+        for (int j = 0; j < ROWS; j++) add_to(dweight + (first + j) * W, sums[j]);
+    }
+}
 
+// drank (T, R') += ddt (T, W) turned (W, R')
+SSM_INLINE void add_rank_gradient(const Args& a, Chunk& s, const float* ddt, const float* turned) {
+    const int64_t ranks = padded(a.rank);
+    for (int64_t first = 0; first < ranks; first += W) {
+        for (int t = 0; t < s.tokens; t += SIDE) {
+            Group sums;
+            SSM_EACH sums.v[j] = load(s.drank + (t + j) * ranks + first);
+            for (int c = 0; c < W; c++) {
+                const Lanes row = load(turned + c * ranks + first);
+                SSM_EACH sums.v[j] += row * ddt[(t + j) * W + c];
+            }
+            SSM_EACH store(s.drank + (t + j) * ranks + first, sums.v[j]);
+        }
+    }
+}
+
+template <int M, bool first>
+SSM_INLINE void adjoint_states(
+    const Args& a, Chunk& s, const Tiles& k, int64_t n, const float* dy, const float* A, const float* states,
+    const Adjoint& to) {
+    Lanes columns[M];
+    alignas(64) float h[M * W];
+    load_lanes(A + n * W, M, columns);
+    for (int m = 0; m < M; m++) store(h + m * W, load(states + (n + m) * a.dim));
+    const Adjoint own = {to.lambda + n * W, to.dA + n * W, to.du, to.ddt};
+    adjoint_chunk<M, first>(
+        s.tokens, k.dt, k.dtx, dy, columns, s.B + n * T, s.C + n * T, h, own, s.dB + n * T, s.dC + n * T);
+}
+
+SSM_VERSIONS void backward_part(const Args& a, int64_t task, float* memory) {
+    const Part p = make_part(a, task);
+    Chunk s(a, {memory});
+    Route r(a, p, {memory + Chunk::floats(a)});
+    Tiles k;
+    alignas(64) float dy[TILE], dx[TILE], ddt[TILE];
+    const int64_t map = p.b * a.length * a.dim + p.first, ranks = padded(a.rank), channels = p.blocks * W;
+    const int64_t fields = a.rank + 2 * a.state;
+    float* dproj = a.dproj + (p.index * a.batch + p.b) * a.length * K * fields;
+    for (int route = 0; route < K; route++) {
+        load_route(a, p, route, r);
+        for (float* sum : {r.dD, r.dbias}) std::memset(sum, 0, sizeof(float) * channels);
+        std::memset(r.dA, 0, sizeof(float) * channels * a.state);
+        std::memset(r.dweight, 0, sizeof(float) * channels * ranks);
         int64_t chunk = (a.length + T - 1) / T;
         while (chunk-- > 0) {
-            load_chunk(a, k, route, p, x, chunk * T, s);
-            for (int t = 0; t < s.tokens; t++)
-                std::memcpy(dy + t * W, dy_all + static_cast<int64_t>(s.pixel[t]) * W, sizeof(float) * W);
-            std::memset(dx, 0, sizeof(float) * W * s.tokens);
-            std::memset(ddt, 0, sizeof(float) * W * s.tokens);
-            for (int64_t n = 0; n < a.state; n++) {
-                float B[T], C[T], sum_B[T], sum_C[T];
-                load_scalars(a, s, n, B, C);
-                load_row(state_row(a, k, chunk, route, n), k, h);
-                const Adjoint to = {lambda + n * W, dA + n * W, dx, ddt};
-                adjoint_chunk(s.tokens, s.dt, s.dtx, dy, p.A + n * W, B, C, h, to, sum_B, sum_C);
-                for (int t = 0; t < s.tokens; t++) {
-                    float* to_fields = dproj + (static_cast<int64_t>(s.pixel[t]) * K + route) * fields + a.rank + n;
-                    to_fields[0] += sum_B[t];
-                    to_fields[a.state] += sum_C[t];
-                }
-            }
-            finish_adjoint(s.tokens, s.raw, s.dt, s.x, dy, p.skip, true, dx, ddt, dD, dbias);
-            for (int64_t r = 0; r < a.rank; r++) {
-                float sums[W] = {};
-                for (int t = 0; t < s.tokens; t++)
-                    SSM_LANES(c, W) sums[c] += ddt[t * W + c] * s.proj[t][r];
-                SSM_LANES(c, W) dweight[r * W + c] += sums[c];
+            load_shared(a, p, route, chunk * T, s);
+            std::memset(s.drank, 0, sizeof(float) * T * ranks);
+            for (float* sum : {s.dB, s.dC}) std::memset(sum, 0, sizeof(float) * T * a.state);
+            for (int64_t i = 0; i < p.blocks; i++) {
+                load_block<true>(a, s, a.x + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
+                gather(a, s, a.dy + map + i * W, dy);
+                fill_up(dy, s.tokens);
+                const float *A = r.A + i * a.state * W, *states = state_row(a, p, chunk, route, 0) + i * W;
+                const Adjoint to = {r.h + i * a.state * W, r.dA + i * a.state * W, dx, ddt};
+                int64_t n = 1;
+                if (a.state % 2)
+                    adjoint_states<1, true>(a, s, k, 0, dy, A, states, to);
+                else
+                    adjoint_states<2, true>(a, s, k, 0, dy, A, states, to), n = 2;
+                for (; n < a.state; n += 2) adjoint_states<2, false>(a, s, k, n, dy, A, states, to);
+                finish_adjoint(
+                    s.tokens, k.slope, k.dt, k.x, dy, load(r.skip + i * W), dx, ddt, r.dD + i * W, r.dbias + i * W);
+                add_weight_gradient(a, s, ddt, r.dweight + i * ranks * W);
+                add_rank_gradient(a, s, ddt, r.turned + i * ranks * W);
+                float* out = a.dx + map + i * W;
+                if (route == 0)
+                    for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(dx + t * W));
+                else
+                    for (int t = 0; t < s.tokens; t++) add_to(out + s.pixel[t] * a.dim, load(dx + t * W));
             }
             for (int t = 0; t < s.tokens; t++) {
-                float* to_x = dx_all + static_cast<int64_t>(s.pixel[t]) * W;
-                SSM_LANES(c, W) to_x[c] += dx[t * W + c];
-                float* to_rank = dproj + (static_cast<int64_t>(s.pixel[t]) * K + route) * fields;
-                for (int64_t first = 0; first < a.rank; first += W) {
-                    float sums[W] = {};
-                    SSM_LANES(c, W)
-                        SSM_LANES(r, W) sums[r] += ddt[t * W + c] * turned[c * ranks + first + r];
-                    const int64_t left = a.rank - first < W ? a.rank - first : W;
-                    for (int64_t r = 0; r < left; r++) to_rank[first + r] += sums[r];
+                float* to = dproj + (s.pixel[t] * K + route) * fields;
+                std::memcpy(to, s.drank + t * ranks, sizeof(float) * a.rank);
+                for (int64_t n = 0; n < a.state; n++) {
+                    to[a.rank + n] = s.dB[n * T + t];
+                    to[a.rank + a.state + n] = s.dC[n * T + t];
                 }
             }
         }
-        const int64_t row = b * K + route;
-        std::memcpy(a.dD + row * a.dim + k.first, dD, sizeof(float) * k.lanes);
-        std::memcpy(a.dbias + row * a.dim + k.first, dbias, sizeof(float) * k.lanes);
-        for (int64_t n = 0; n < a.state; n++)
-            std::memcpy(a.dA + (row * a.state + n) * a.dim + k.first, dA + n * W, sizeof(float) * k.lanes);
-        for (int64_t r = 0; r < a.rank; r++)
-            std::memcpy(a.ddt_weight + (row * a.rank + r) * a.dim + k.first, dweight + r * W, sizeof(float) * k.lanes);
+        const int64_t row = (p.b * K + route) * a.dim + p.first;
+        std::memcpy(a.dD + row, r.dD, sizeof(float) * channels);
+        std::memcpy(a.dbias + row, r.dbias, sizeof(float) * channels);
+        for (int64_t c = 0; c < channels; c += W)
+            for (int64_t i = 0; i < ranks; i += W)  // turned is read no more
+                transpose(r.dweight + c * ranks + i * W, W, r.turned + c * ranks + i, ranks);
+        for (int64_t c = 0; c < channels; c++) {
+            std::memcpy(a.ddt_weight + (row + c) * a.rank, r.turned + c * ranks, sizeof(float) * a.rank);
+            for (int64_t n = 0; n < a.state; n++)
+                a.dA[(row + c) * a.state + n] = r.dA[(c / W * a.state + n) * W + c % W];
+        }
     }
-    store_pixels(a, k, dx_all, a.dx);
 }
 
-// A buffer of this thread, `maps` times an L x W block, aligned to cache lines.
-struct Workspace {
-    float* data;
-    Workspace(const Args& a, int maps)
-        : data(static_cast<float*>(std::aligned_alloc(64, sizeof(float) * W * a.length * maps))) {}
-    ~Workspace() { std::free(data); }
-    Workspace(const Workspace&) = delete;
-    Workspace& operator=(const Workspace&) = delete;
-};
+template <void (*work)(const Args&, int64_t, float*)>
+int run(const Args& a) {
+    const int64_t blocks = (a.dim / W + a.parts - 1) / a.parts;
+    const int64_t floats = Chunk::floats(a) + Route::floats(a, blocks);
+    int failed = 0;
+#pragma omp parallel num_threads(a.threads) reduction(| : failed)
+    {
+        float* memory = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * floats));
+        failed = memory == nullptr;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < a.parts * a.batch; task++)
+            if (!failed) work(a, task, memory);
+        std::free(memory);
+    }
+    return failed;
+}
 
 }  // namespace
 
 extern "C" {
 
 // Both return 0, or 1 if there was no memory for the buffers.
-SSM_EXPORT int ss2d_scan_forward(const Ss2dArguments* arguments) {
-    const Args& a = *arguments;
-    const int64_t blocks = (a.dim + W - 1) / W;
-    int failed = 0;
-#pragma omp parallel num_threads(a.threads) reduction(| : failed)
-    {
-        Workspace workspace(a, 2);
-        failed = workspace.data == nullptr;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a.batch * blocks; i++)
-            if (!failed) forward_block(a, i / blocks, i % blocks, workspace.data);
-    }
-    return failed;
-}
-
-// dproj must be zero on entry.
-SSM_EXPORT int ss2d_scan_backward(const Ss2dArguments* arguments) {
-    const Args& a = *arguments;
-    const int64_t blocks = (a.dim + W - 1) / W, fields = a.rank + 2 * a.state;
-    int failed = 0;
-#pragma omp parallel num_threads(a.threads) reduction(| : failed)
-    {
-        Workspace workspace(a, 3);
-        failed = workspace.data == nullptr;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < a.parts * a.batch; i++) {
-            const int64_t part = i / a.batch, b = i % a.batch;
-            float* dproj = a.dproj + i * a.length * K * fields;
-            for (int64_t k = part * blocks / a.parts; k < (part + 1) * blocks / a.parts && !failed; k++)
-                backward_block(a, b, k, workspace.data, dproj);
-        }
-    }
-    return failed;
-}
+SSM_EXPORT int ss2d_scan_forward(const Ss2dArguments* arguments) { return run<forward_part>(*arguments); }
+SSM_EXPORT int ss2d_scan_backward(const Ss2dArguments* arguments) { return run<backward_part>(*arguments); }
 
 }  // extern "C"

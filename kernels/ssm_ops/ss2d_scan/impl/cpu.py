@@ -1,4 +1,7 @@
-"""SS2D's scan by the compiled CPU library (csrc/cpu/ss2d_scan.cpp). Half precision is converted around it."""
+"""SS2D's scan by the compiled CPU library (csrc/cpu/ss2d_scan.cpp). Half precision is converted around it.
+
+The library takes channels-last maps whose channels fill whole blocks of 16; others are converted and filled up here.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,27 @@ import ctypes
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..._native import as_float, library, pointer
+from ..._native import library
 from ...cross_scan import cross_scan
 from ..ops import STATE_CHUNK
 
-_POINTERS = ("proj", "dt_weight", "A", "D", "bias", "states", "dproj", "ddt_weight", "dA", "dD", "dbias")
+_BLOCK = 16
+_POINTERS_IN = ("x", "dy", "proj", "dt_weight", "A", "D", "bias")
+_POINTERS_OUT = ("y", "dx", "states", "dproj", "ddt_weight", "dA", "dD", "dbias", "order")
 _SIZES = ("batch", "dim", "length", "state", "rank", "parts")
-
-# blocks of channels that may sum dproj side by side; fixed, so that results do not depend on the threads
-_MIN_TASKS = 8
-
-
-class _Pixels(ctypes.Structure):
-    """`Pixels` of ss2d_scan.cpp: a map (batch, channel, pixel) with its strides in elements."""
-
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "channel", "pixel"))]
 
 
 class _Arguments(ctypes.Structure):
     """`Ss2dArguments` of ss2d_scan.cpp."""
 
     _fields_ = [
-        *((name, _Pixels) for name in ("x", "y", "dy", "dx")),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("order", ctypes.c_void_p * 4),
+        *((name, ctypes.c_void_p) for name in (*_POINTERS_IN, *_POINTERS_OUT)),
         *((name, ctypes.c_int64) for name in _SIZES),
         ("threads", ctypes.c_int32),
     ]
-
-
-def _one_pixel_stride(x: Tensor) -> Tensor:
-    """x (B, D, H, W) in a form whose pixels lie at equal distances; a copy only where they do not."""
-    return x if x.shape[2] == 1 or x.stride(2) == x.shape[3] * x.stride(3) else x.contiguous()
-
-
-def _pixels(x: Tensor) -> _Pixels:
-    batch, channel, row, pixel = x.stride()
-    return _Pixels(x.data_ptr(), batch, channel, row if x.shape[3] == 1 else pixel)
 
 
 @functools.lru_cache(maxsize=32)
@@ -54,66 +39,97 @@ def _orders(height: int, width: int, scans: str) -> Tensor:
     return cross_scan(image, scans=scans, impl="reference")[0, :, 0].contiguous()
 
 
-class _Inputs:
-    """The inputs in the layout of the library, kept alive while it runs."""
+def _pixel_major(x: Tensor, missing: int) -> Tensor:
+    """(B, D, H, W) -> (B, H, W, D + missing) float32, contiguous; a copy only where x is something else."""
+    x = x.float().permute(0, 2, 3, 1)
+    return F.pad(x, (0, missing)) if missing else x.contiguous()
+
+
+def _fill_channels(x: Tensor, missing: int) -> Tensor:
+    """(4, D, *) -> (4, D + missing, *), contiguous"""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x.contiguous()
+
+
+def _like(x: Tensor, given: Tensor) -> Tensor:
+    """(B, H, W, D + missing) -> (B, D, H, W) with the strides of `given`, if that is dense, as the fake says."""
+    x = x[..., : given.shape[1]].permute(0, 3, 1, 2)
+    wanted = torch.empty_like(given, dtype=x.dtype)
+    return x if x.stride() == wanted.stride() else wanted.copy_(x)
+
+
+class _Call:
+    """One call: the inputs in the layout of the library, kept alive while it runs, and the argument block."""
 
     def __init__(self, x, proj, dt_weight, A, D, dt_bias, scans):
         batch, dim, height, width = x.shape
-        self.x = _one_pixel_stride(as_float(x))
-        self.proj = as_float(proj).contiguous()
-        self.dt_weight = dt_weight.transpose(1, 2).contiguous()  # (K, R, D)
-        self.A = A.view(4, dim, -1).transpose(1, 2).contiguous()  # (K, N, D)
-        self.D, self.dt_bias = D.contiguous(), dt_bias.contiguous()
-        self.orders = _orders(height, width, scans)
-        self.sizes = (batch, dim, height * width, A.shape[1], dt_weight.shape[2])
+        self.missing = -dim % _BLOCK
+        self.batch, self.dim, self.blocks = batch, dim + self.missing, -(-dim // _BLOCK)
+        self.length, self.state, self.rank = height * width, A.shape[1], dt_weight.shape[2]
+        self.shape = (batch, height, width, self.dim)
+        self.inputs = {
+            "x": _pixel_major(x, self.missing),
+            "proj": proj.float().contiguous(),
+            "dt_weight": _fill_channels(dt_weight, self.missing),
+            "A": _fill_channels(A.view(4, dim, -1), self.missing),
+            "D": _fill_channels(D.view(4, dim), self.missing),
+            "bias": _fill_channels(dt_bias.view(4, dim), self.missing),
+            "order": _orders(height, width, scans),
+        }
 
-    def arguments(self, **pointers: Tensor) -> _Arguments:
-        a = _Arguments(x=_pixels(self.x), threads=torch.get_num_threads())
-        tensors = {"proj": self.proj, "dt_weight": self.dt_weight, "A": self.A, "D": self.D, "bias": self.dt_bias}
-        for name, tensor in (tensors | pointers).items():
-            setattr(a, name, pointer(tensor))
-        for name, size in zip(_SIZES[:-1], self.sizes, strict=True):  # the backward sets `parts`
-            setattr(a, name, size)
-        for k in range(4):
-            a.order[k] = self.orders[k].data_ptr()
-        return a
-
-
-def _run(function, arguments: _Arguments, shape) -> None:
-    if function(ctypes.byref(arguments)):
-        raise MemoryError(f"ss2d_scan: no memory for the buffers of a map {tuple(shape)}; use smaller images")
+    def run(self, function, parts: int, **more: Tensor) -> None:
+        a = _Arguments(*(None,) * (len(_POINTERS_IN) + len(_POINTERS_OUT)))
+        for name, tensor in (self.inputs | more).items():
+            setattr(a, name, tensor.data_ptr())
+        a.batch, a.dim, a.length, a.state, a.rank = self.batch, self.dim, self.length, self.state, self.rank
+        a.parts, a.threads = parts, torch.get_num_threads()
+        if function(ctypes.byref(a)):
+            raise MemoryError(f"ss2d_scan: no memory for the buffers of a map {self.shape}; use fewer threads")
 
 
 def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor, Tensor]:
     """(out, states); shapes in ops.py."""
-    inputs = _Inputs(x, proj, dt_weight, A, D, dt_bias, scans)
-    batch, dim, length, n_state, _ = inputs.sizes
-    states = torch.empty(-(-length // STATE_CHUNK["cpu"]) + 1, batch, 4, n_state, dim)
-    out = torch.empty_like(x, dtype=torch.float32)
-    a = inputs.arguments(states=states)
-    a.y = _pixels(out)
-    _run(library().ss2d_scan_forward, a, x.shape)
-    return out.to(out_dtype), states
+    call = _Call(x, proj, dt_weight, A, D, dt_bias, scans)
+    states = torch.empty(-(-call.length // STATE_CHUNK["cpu"]) + 1, call.batch, 4, call.state, call.dim)
+    out = torch.empty(call.shape)
+    # twice as many tasks as threads, as these are not always equally fast
+    parts = min(call.blocks, -(-2 * torch.get_num_threads() // max(call.batch, 1)))
+    call.run(library().ss2d_scan_forward, parts, y=out, states=states)
+    return _like(out.to(out_dtype), x), states[..., : x.shape[1]].contiguous()
+
+
+def _backward_parts(batch: int, blocks: int) -> int:
+    """How many parts give gradients of `proj`, to be added: a power of two that keeps 16 threads busy, each part of at
+    least two blocks. It does not depend on the number of threads: the same call gives the same bits everywhere."""
+    parts = 1
+    while 4 * parts <= blocks and parts * batch < 16:
+        parts *= 2
+    return parts
 
 
 def backward(dout, x, proj, dt_weight, A, D, dt_bias, states, scans) -> tuple[Tensor, ...]:
     """Gradients of (x, proj, dt_weight, A, D, dt_bias)."""
-    inputs = _Inputs(x, proj, dt_weight, A, D, dt_bias, scans)
-    batch, dim, length, n_state, rank = inputs.sizes
-    dy = _one_pixel_stride(as_float(dout))
-    dx = torch.empty_like(x, dtype=torch.float32)
-    parts = min(-(-dim // 16), -(-_MIN_TASKS // max(batch, 1)))
-    dproj = torch.zeros(parts, batch, length, 4 * (rank + 2 * n_state))
-    ddt_weight, dA = torch.empty(batch, 4, rank, dim), torch.empty(batch, 4, n_state, dim)
-    dD, dbias = torch.empty(batch, 4, dim), torch.empty(batch, 4, dim)
-    a = inputs.arguments(states=states, dproj=dproj, ddt_weight=ddt_weight, dA=dA, dD=dD, dbias=dbias)
-    a.dy, a.dx, a.parts = _pixels(dy), _pixels(dx), parts
-    _run(library().ss2d_scan_backward, a, x.shape)
+    call = _Call(x, proj, dt_weight, A, D, dt_bias, scans)
+    dy, states = _pixel_major(dout, call.missing), F.pad(states, (0, call.missing)) if call.missing else states
+    dx = torch.empty(call.shape)
+    parts = _backward_parts(call.batch, call.blocks)
+    dproj = torch.empty(parts, *proj.shape)
+    # by channel: (B, K, D, *)
+    grads = {
+        name: torch.empty(call.batch, 4, call.dim, *last)
+        for name, last in (("ddt_weight", (call.rank,)), ("dA", (call.state,)), ("dD", ()), ("dbias", ()))
+    }
+    call.run(library().ss2d_scan_backward, parts, dy=dy, dx=dx, states=states, dproj=dproj, **grads)
+    ddt_weight, dA, dD, dbias = (_add(g)[:, : x.shape[1]] for g in grads.values())
     return (
-        dx.to(x.dtype),
-        dproj.sum(0).view(proj.shape).to(proj.dtype),
-        ddt_weight.sum(0).transpose(1, 2).contiguous(),
-        dA.sum(0).transpose(1, 2).reshape(A.shape),
-        dD.sum(0).flatten(),
-        dbias.sum(0).flatten(),
+        _like(dx.to(x.dtype), x),
+        _add(dproj).to(proj.dtype),
+        ddt_weight.contiguous(),
+        dA.reshape(A.shape),
+        dD.reshape(D.shape),
+        dbias.reshape(dt_bias.shape),
     )
+
+
+def _add(parts: Tensor) -> Tensor:
+    """The sum over the first dimension."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
