@@ -39,7 +39,7 @@ if "editable_wheel" in sys.argv:
 
 def cpu_extension() -> Extension:
     """A plain shared library (no Python or torch headers), loaded by ssm_ops/_native.py."""
-    folder = "kernels/csrc/cpu"
+    folder = Path("kernels/csrc/cpu")
     flags = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
     flags += ["-fno-wrapv"]  # Python's own flags say -fwrapv, which keeps loops from becoming vectors: up to 5x slower
     if sys.platform == "linux":
@@ -48,8 +48,8 @@ def cpu_extension() -> Extension:
         flags += ["-mprefer-vector-width=512"]
     return Extension(
         "ssm_ops._cpu",
-        sources=[f"{folder}/selective_scan.cpp", f"{folder}/ss2d_scan.cpp"],
-        depends=[f"{folder}/lanes.h", f"{folder}/recurrence.h"],
+        sources=sorted(map(str, folder.glob("*.cpp"))),
+        depends=sorted(map(str, folder.glob("*.h"))),
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
         optional=build == "auto",

@@ -1,43 +1,79 @@
-// Sixteen channels side by side: the unit of all loops here. A vector of sixteen floats is one register with AVX-512,
-// two with AVX2, four with SSE2 or NEON; the compiler splits it.
+// Sixteen channels side by side: the unit of all loops here. They are one register with AVX-512, two with AVX2, four with
+// SSE2 or NEON. Included by for_each_target.h, once for each.
 //
 // Elementary functions are polynomials, because calls into libm would not become vector operations. Their errors are
 // about one unit in the last place; NaN stays NaN. (Powers saturate at 1e-38 and 8e37 instead of 0 and infinity.)
-#pragma once
-
-#include <cstdint>
-#include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// One version per instruction set, chosen when the library is loaded: a build serves every machine of the architecture.
-#define SSM_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SSM_VERSIONS
-#endif
-#define SSM_INLINE static inline __attribute__((always_inline))
-#define SSM_EXPORT __attribute__((visibility("default")))
 
 constexpr int W = 16;  // channels of a block
+constexpr int NATIVE = SSM_NATIVE, PARTS = W / NATIVE;
 
-typedef float Lanes __attribute__((vector_size(4 * W)));
-typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef float Native __attribute__((vector_size(4 * SSM_NATIVE)));
+typedef int32_t NativeInts __attribute__((vector_size(4 * SSM_NATIVE)));
+
+struct Lanes {
+    Native v[PARTS];
+};
+
+#define SSM_PARTS for (int i = 0; i < PARTS; i++)
 
 SSM_INLINE Lanes load(const float* from) {
     Lanes x;
-    std::memcpy(&x, from, sizeof(x));
+    SSM_PARTS std::memcpy(&x.v[i], from + i * NATIVE, sizeof(Native));
     return x;
 }
 
-SSM_INLINE void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof(x)); }
+SSM_INLINE void store(float* to, Lanes x) { SSM_PARTS std::memcpy(to + i * NATIVE, &x.v[i], sizeof(Native)); }
+
+SSM_INLINE Lanes everywhere(float value) {
+    Lanes x;
+    SSM_PARTS x.v[i] = value - Native{};  // minus 0 is nothing, plus 0 would change -0
+    return x;
+}
+
+#define SSM_OPERATOR(op)                                   \
+    SSM_INLINE Lanes operator op(Lanes x, Lanes y) {       \
+        SSM_PARTS x.v[i] = x.v[i] op y.v[i];               \
+        return x;                                          \
+    }                                                      \
+    SSM_INLINE Lanes operator op(Lanes x, float y) {       \
+        SSM_PARTS x.v[i] = x.v[i] op y;                    \
+        return x;                                          \
+    }
+SSM_OPERATOR(+)
+SSM_OPERATOR(-)
+SSM_OPERATOR(*)
+SSM_OPERATOR(/)
+#undef SSM_OPERATOR
+
+SSM_INLINE void operator+=(Lanes& x, Lanes y) { x = x + y; }
 
 SSM_INLINE void add_to(float* to, Lanes x) { store(to, load(to) + x); }
 
-SSM_INLINE Lanes everywhere(float x) { return x - Lanes{}; }  // minus 0 is nothing, plus 0 would change -0
+SSM_INLINE Lanes at_least(Lanes x, float bound) {
+    SSM_PARTS x.v[i] = x.v[i] < bound ? bound - Native{} : x.v[i];
+    return x;
+}
+
+SSM_INLINE Lanes at_most(Lanes x, float bound) {
+    SSM_PARTS x.v[i] = x.v[i] > bound ? bound - Native{} : x.v[i];
+    return x;
+}
+
+SSM_INLINE Lanes where_negative(Lanes x, Lanes yes, Lanes no) {
+    SSM_PARTS x.v[i] = x.v[i] < 0.0f ? yes.v[i] : no.v[i];
+    return x;
+}
+
+SSM_INLINE Lanes minus_magnitude(Lanes x) {
+    SSM_PARTS x.v[i] = (Native)((NativeInts)x.v[i] | INT32_MIN);
+    return x;
+}
 
 // ---- functions ------------------------------------------------------------------------------------------------------
 
-// Several vectors that go through a function side by side: its steps depend on each other, and take four cycles each.
-constexpr int SIDE = 4;
+// Several vectors that go through a function side by side, as far as there are registers: its steps depend on each
+// other, and take four cycles each.
+constexpr int SIDE = NATIVE / 4;
 
 struct Group {
     Lanes v[SIDE];
@@ -56,6 +92,12 @@ SSM_INLINE void store(float* to, const Group& x) { SSM_EACH store(to + j * W, x.
 constexpr float LOG2_E = 1.44269504088896341f, LOG2_E_REST = 1.92596299e-8f;  // their sum is log2(e) to 48 bits
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
 
+// 2^n, where shifted = n + MAGIC
+SSM_INLINE Lanes power_of_two(Lanes shifted) {
+    SSM_PARTS shifted.v[i] = (Native)(((NativeInts)shifted.v[i] << 23) + (127 << 23));
+    return shifted;
+}
+
 // 2^(n + r) with n = shifted - MAGIC an integer and |r| <= 1/2
 SSM_INLINE Group exp2_parts(const Group& shifted, const Group& r) {
     // 2^r = 1 + r q(r), exact at 0: factors near 1 are multiplied thousands of times. Minimax, error 2e-9.
@@ -63,25 +105,23 @@ SSM_INLINE Group exp2_parts(const Group& shifted, const Group& r) {
     Group q;
     SSM_EACH q.v[j] = everywhere(1.5353362e-4f);
     for (float c : coefficients) SSM_EACH q.v[j] = q.v[j] * r.v[j] + c;
-    SSM_EACH q.v[j] *= (Lanes)(((Ints)shifted.v[j] << 23) + (127 << 23));
+    SSM_EACH q.v[j] = q.v[j] * power_of_two(shifted.v[j]);
     return q;
 }
 
 // 2^x
 SSM_INLINE Group exp2(Group x) {
     Group shifted;
-    SSM_EACH x.v[j] = x.v[j] < -126.0f ? everywhere(-126.0f) : x.v[j];
-    SSM_EACH x.v[j] = x.v[j] > 126.0f ? everywhere(126.0f) : x.v[j];
+    SSM_EACH x.v[j] = at_most(at_least(x.v[j], -126.0f), 126.0f);
     SSM_EACH shifted.v[j] = x.v[j] + MAGIC;
-    SSM_EACH x.v[j] -= shifted.v[j] - MAGIC;
+    SSM_EACH x.v[j] = x.v[j] - (shifted.v[j] - MAGIC);
     return exp2_parts(shifted, x);
 }
 
 // e^-|x|
 SSM_INLINE Group exp_minus_magnitude(Group x) {
     Group shifted;
-    SSM_EACH x.v[j] = (Lanes)((Ints)x.v[j] | INT32_MIN);
-    SSM_EACH x.v[j] = x.v[j] < -87.0f ? everywhere(-87.0f) : x.v[j];
+    SSM_EACH x.v[j] = at_least(minus_magnitude(x.v[j]), -87.0f);
     SSM_EACH shifted.v[j] = x.v[j] * LOG2_E + MAGIC;
     SSM_EACH x.v[j] = x.v[j] * LOG2_E_REST + (x.v[j] * LOG2_E - (shifted.v[j] - MAGIC));
     return exp2_parts(shifted, x);
@@ -96,104 +136,72 @@ SSM_INLINE Group softplus(const Group& x, const Group& power) {
     SSM_EACH q.v[j] = everywhere(5.3648190e-3f);
     for (float c : coefficients) SSM_EACH q.v[j] = q.v[j] * power.v[j] + c;
     SSM_EACH q.v[j] = q.v[j] * (power.v[j] * power.v[j]) + power.v[j];
-    SSM_EACH q.v[j] += x.v[j] < 0.0f ? Lanes{} : x.v[j];
+    SSM_EACH q.v[j] += at_least(x.v[j], 0.0f);
     return q;
 }
 
 // 1 / (1 + e^-x), the derivative of softplus, given e^-|x|
 SSM_INLINE Group sigmoid(const Group& x, const Group& power) {
     Group y;
-    SSM_EACH y.v[j] = (x.v[j] < 0.0f ? power.v[j] : everywhere(1.0f)) / (power.v[j] + 1.0f);
+    SSM_EACH y.v[j] = where_negative(x.v[j], power.v[j], everywhere(1.0f)) / (power.v[j] + 1.0f);
     return y;
 }
 
 // ---- sixteen vectors at once ----------------------------------------------------------------------------------------
 
-// A W x W block of floats, turned over its diagonal in registers: log2(W) rounds of interleaving rows i and i + W/2.
+// The halves of x and y put together, lower or upper half of every `step` numbers: for step = NATIVE those of the whole.
+template <int step, bool upper, std::size_t... I>
+SSM_INLINE Native halves(Native x, Native y, std::index_sequence<I...>) {
+    return __builtin_shufflevector(x, y, (I / (step / 2) * step + I % (step / 2) + upper * (step / 2))...);
+}
+
+template <int first, std::size_t... I>
+SSM_INLINE Native interleave(Native x, Native y, std::index_sequence<I...>) {
+    return __builtin_shufflevector(x, y, (I % 2 * NATIVE + I / 2 + first)...);
+}
+
+constexpr auto ALL = std::make_index_sequence<NATIVE>();
+
+// A W x W block of floats, turned over its diagonal: squares of NATIVE rows are turned in registers, by rounds of
+// interleaving rows i and i + NATIVE / 2.
 SSM_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-    Lanes rows[W], mixed[W];
-    for (int i = 0; i < W; i++) rows[i] = load(from + i * from_stride);
-    for (int round = 0; round < 4; round++) {
-        for (int i = 0; i < W / 2; i++) {
-            const Lanes x = rows[i], y = rows[i + W / 2];
-            mixed[2 * i] = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            mixed[2 * i + 1] =
-                __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    for (int square = 0; square < PARTS * PARTS; square++) {
+        const int row = square / PARTS * NATIVE, column = square % PARTS * NATIVE;
+        Native rows[NATIVE], mixed[NATIVE];
+        for (int i = 0; i < NATIVE; i++) std::memcpy(&rows[i], from + (row + i) * from_stride + column, sizeof(Native));
+        for (int round = 1; round < NATIVE; round *= 2) {
+            for (int i = 0; i < NATIVE / 2; i++) {
+                mixed[2 * i] = interleave<0>(rows[i], rows[i + NATIVE / 2], ALL);
+                mixed[2 * i + 1] = interleave<NATIVE / 2>(rows[i], rows[i + NATIVE / 2], ALL);
+            }
+            for (int i = 0; i < NATIVE; i++) rows[i] = mixed[i];
         }
-        for (int i = 0; i < W; i++) rows[i] = mixed[i];
+        for (int i = 0; i < NATIVE; i++) std::memcpy(to + (column + i) * to_stride + row, &rows[i], sizeof(Native));
     }
-    for (int i = 0; i < W; i++) store(to + i * to_stride, rows[i]);
 }
 
-// Lane t of the result is the sum of the lanes of row t: pairs of rows are folded into one, four times.
+// rows[0..2 count) -> rows[0..count), pairs of them folded into one, until one is left
+template <int count, int step>
+SSM_INLINE void fold(Native* rows) {
+    for (int i = 0; i < count; i++) {
+        const Native x = rows[2 * i], y = rows[2 * i + 1];
+        rows[i] = halves<step, false>(x, y, ALL) + halves<step, true>(x, y, ALL);
+    }
+    if constexpr (count > 1) fold<count / 2, step / 2>(rows);
+}
+
+// Lane t of the result is the sum of the lanes of row t.
 SSM_INLINE Lanes sum_rows(const float* rows) {
-    Lanes a[W];
-    for (int i = 0; i < W / 2; i++) {
-        const Lanes x = load(rows + 2 * i * W), y = load(rows + (2 * i + 1) * W);
-        a[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    for (int i = 0; i < W / 4; i++) {
-        const Lanes x = a[2 * i], y = a[2 * i + 1];
-        a[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    }
-    for (int i = 0; i < W / 8; i++) {
-        const Lanes x = a[2 * i], y = a[2 * i + 1];
-        a[i] = __builtin_shufflevector(x, y, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-               __builtin_shufflevector(x, y, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    }
-    return __builtin_shufflevector(a[0], a[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a[0], a[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
-// ---- tiles (token, channel) of tensors ------------------------------------------------------------------------------
-
-// A tensor (batch, channel, time) of any strides; of `repeat` channels of the scan each reads the same one.
-struct Map {
-    const float* data;
-    int64_t batch, channel, time;
-    int64_t repeat;
-};
-
-// Asks for tokens start .. start + count of `lanes` channels ahead of their use: each channel is a stream of its own, more
-// than the hardware follows. Beyond the tensor it does nothing.
-SSM_INLINE void prefetch(const Map& map, int64_t b, int64_t first, int lanes, int64_t start, int count) {
-    if (map.time != 1) return;
-    for (int c = 0; c < lanes; c++) {
-        const float* source = map.data + b * map.batch + (first + c) / map.repeat * map.channel + start;
-        for (int t = 0; t < count; t += W) __builtin_prefetch(source + t);
-    }
-}
-
-// tile[t][c] = map[b, first + c, start + t] for t < tokens, c < lanes; the other lanes become 0.
-SSM_INLINE void load_tile(float* tile, const Map& map, int64_t b, int64_t first, int lanes, int64_t start, int tokens) {
-    if (lanes < W) std::memset(tile, 0, sizeof(float) * W * tokens);
-    const float* source = map.data + b * map.batch + start * map.time;
-    if (lanes == W && map.repeat == 1 && map.channel == 1) {
-        for (int t = 0; t < tokens; t++) store(tile + t * W, load(source + first + t * map.time));
-    } else if (lanes == W && map.repeat == 1 && map.time == 1 && tokens >= W) {
-        source += first * map.channel;
-        for (int t = 0; t < tokens; t += W) {
-            const int at = t + W <= tokens ? t : tokens - W;  // the last block may overlap the one before
-            transpose(source + at, map.channel, tile + at * W, W);
+    Lanes sums;
+    for (int part = 0; part < PARTS; part++) {
+        Native all[NATIVE];
+        for (int t = 0; t < NATIVE; t++) {
+            const Lanes row = load(rows + (part * NATIVE + t) * W);
+            all[t] = row.v[0];
+            for (int i = 1; i < PARTS; i++) all[t] += row.v[i];
         }
-    } else {
-        for (int c = 0; c < lanes; c++)
-            for (int t = 0; t < tokens; t++)
-                tile[t * W + c] = source[(first + c) / map.repeat * map.channel + t * map.time];
+        fold<NATIVE / 2, NATIVE>(all);
+        sums.v[part] = all[0];
     }
-}
-
-// rows[c][t] = tile[t][c]: into a contiguous (channel, time) tensor of `length` tokens.
-SSM_INLINE void store_tile(float* rows, int64_t length, const float* tile, int lanes, int tokens) {
-    if (lanes == W && tokens >= W) {
-        for (int t = 0; t < tokens; t += W) {
-            const int at = t + W <= tokens ? t : tokens - W;
-            transpose(tile + at * W, W, rows + at, length);
-        }
-    } else {
-        for (int c = 0; c < lanes; c++)
-            for (int t = 0; t < tokens; t++) rows[c * length + t] = tile[t * W + c];
-    }
+    return sums;
 }

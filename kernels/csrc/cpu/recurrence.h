@@ -3,8 +3,7 @@
 //
 // Tiles are (token, channel), W channels wide; A is a number per channel, B_t and C_t a number per token, (n, T) in
 // memory. Tokens come in groups of SIDE: a chunk that ends within a group is filled up with tokens that change nothing,
-// whose dt, dt u, B, C and dy are 0.
-#pragma once
+// whose dt, dt u, B, C and dy are 0. Included by for_each_target.h.
 
 #include "lanes.h"
 
@@ -25,7 +24,7 @@ SSM_INLINE void fill_up(float* tile, int tokens) {
 // exp(dt A) of a group of tokens; A comes times log2(e)
 SSM_INLINE Group decays(const float* dt, Lanes A) {
     Group x = load_group(dt);
-    SSM_EACH x.v[j] *= A;
+    SSM_EACH x.v[j] = x.v[j] * A;
     return exp2(x);
 }
 

@@ -1,0 +1,296 @@
+// One part of the channels of SS2D's scan, forward and backward; the plan is in ss2d_scan.cpp, which includes this once for
+// every instruction set.
+
+#include "recurrence.h"
+
+using Args = Ss2dArguments;
+
+constexpr int K = 4;
+
+// The blocks of one part of one sample.
+struct Part {
+    int64_t index, b, first, blocks;  // first channel
+};
+
+SSM_INLINE Part make_part(const Args& a, int64_t task) {
+    const int64_t index = task / a.batch, all = a.dim / W;
+    const int64_t from = index * all / a.parts, to = (index + 1) * all / a.parts;
+    return {index, task % a.batch, from * W, to - from};
+}
+
+SSM_INLINE int64_t padded(int64_t rank) { return (rank + W - 1) / W * W; }
+
+SSM_INLINE float* state_row(const Args& a, const Part& p, int64_t chunk, int route, int64_t n) {
+    return a.states + (((chunk * a.batch + p.b) * K + route) * a.state + n) * a.dim + p.first;
+}
+
+// Floats of memory that lasts, handed out piece by piece.
+struct Arena {
+    float* next;
+    float* take(int64_t floats) {
+        float* piece = next;
+        next += (floats + W - 1) / W * W;
+        return piece;
+    }
+};
+
+// What a part needs of a route's parameters, by block, and of its states.
+struct Route {
+    float *weight, *turned;   // (block, R', W), (block, W, R') with R' = R padded by zeros
+    float *A, *skip, *bias;   // (block, N, W), (block, W), (block, W)
+    float *h;                 // (block, N, W): the states, or their gradients in the backward
+    float *dweight, *dA, *dD, *dbias;  // as weight, A, skip, bias
+
+    static int64_t floats(const Args& a, int64_t blocks) {
+        return blocks * W * (3 * padded(a.rank) + 4 * a.state + 4);
+    }
+
+    Route(const Args& a, const Part& p, Arena arena) {
+        const int64_t blocks = p.blocks * W, ranks = padded(a.rank);
+        weight = arena.take(blocks * ranks), turned = arena.take(blocks * ranks), dweight = arena.take(blocks * ranks);
+        A = arena.take(blocks * a.state), h = arena.take(blocks * a.state), dA = arena.take(blocks * a.state);
+        skip = arena.take(blocks), bias = arena.take(blocks), dD = arena.take(blocks), dbias = arena.take(blocks);
+    }
+};
+
+SSM_INLINE void load_route(const Args& a, const Part& p, int route, Route& r) {
+    const int64_t ranks = padded(a.rank), channels = p.blocks * W, first = route * a.dim + p.first;
+    for (int64_t c = 0; c < channels; c++) {
+        std::memcpy(r.turned + c * ranks, a.dt_weight + (first + c) * a.rank, sizeof(float) * a.rank);
+        std::memset(r.turned + c * ranks + a.rank, 0, sizeof(float) * (ranks - a.rank));
+        for (int64_t n = 0; n < a.state; n++)
+            r.A[(c / W * a.state + n) * W + c % W] = a.A[(first + c) * a.state + n];
+    }
+    for (int64_t c = 0; c < channels; c += W)
+        for (int64_t i = 0; i < ranks; i += W)
+            transpose(r.turned + c * ranks + i, ranks, r.weight + c * ranks + i * W, W);
+    std::memcpy(r.skip, a.D + first, sizeof(float) * channels);
+    std::memcpy(r.bias, a.bias + first, sizeof(float) * channels);
+    std::memset(r.h, 0, sizeof(float) * channels * a.state);
+}
+
+// What all channels share of a chunk of a route.
+struct Chunk {
+    int tokens;
+    int64_t pixel[T];
+    float *rank, *B, *C;        // (T, R'), (N, T), (N, T); zeros after the last token
+    float *drank, *dB, *dC;     // their gradients
+
+    static int64_t floats(const Args& a) { return T * (2 * padded(a.rank) + 4 * a.state); }
+
+    Chunk(const Args& a, Arena arena) {
+        const int64_t ranks = padded(a.rank);
+        rank = arena.take(T * ranks), drank = arena.take(T * ranks);
+        B = arena.take(T * a.state), C = arena.take(T * a.state);
+        dB = arena.take(T * a.state), dC = arena.take(T * a.state);
+        std::memset(rank, 0, sizeof(float) * T * ranks);
+        std::memset(B, 0, sizeof(float) * T * a.state);
+        std::memset(C, 0, sizeof(float) * T * a.state);
+    }
+};
+
+SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t start, Chunk& s) {
+    const int64_t fields = a.rank + 2 * a.state, ranks = padded(a.rank);
+    s.tokens = static_cast<int>(a.length - start < T ? a.length - start : T);
+    for (int t = 0; t < s.tokens; t++) {
+        s.pixel[t] = a.order[route * a.length + start + t];
+        const float* proj = a.proj + ((p.b * a.length + s.pixel[t]) * K + route) * fields;
+        std::memcpy(s.rank + t * ranks, proj, sizeof(float) * a.rank);
+        for (int64_t n = 0; n < a.state; n++) {
+            s.B[n * T + t] = proj[a.rank + n];
+            s.C[n * T + t] = proj[a.rank + a.state + n];
+        }
+    }
+    for (int t = s.tokens; t < whole_groups(s.tokens); t++) {
+        std::memset(s.rank + t * ranks, 0, sizeof(float) * ranks);
+        for (int64_t n = 0; n < a.state; n++) s.B[n * T + t] = s.C[n * T + t] = 0.0f;
+    }
+}
+
+// One block of a chunk.
+struct Tiles {
+    alignas(64) float x[TILE], dt[TILE], dtx[TILE], slope[TILE];
+};
+
+// tile[t] = W channels of map at the pixels of the chunk
+SSM_INLINE void gather(const Args& a, const Chunk& s, const float* map, float* tile) {
+    for (int t = 0; t < s.tokens; t++) store(tile + t * W, load(map + s.pixel[t] * a.dim));
+}
+
+// The step sizes are rank (T, R) times weight (R, W), a group of tokens at once.
+template <bool wants_slope>
+SSM_INLINE void load_block(const Args& a, const Chunk& s, const float* map, const float* weight, Lanes bias, Tiles& k) {
+    const int64_t ranks = padded(a.rank);
+    gather(a, s, map, k.x);
+    fill_up(k.x, s.tokens);
+    for (int t = 0; t < s.tokens; t += SIDE) {
+        Group x;
+        SSM_EACH x.v[j] = bias;
+        const float* rows = s.rank + t * ranks;
+        for (int64_t r = 0; r < a.rank; r++) {
+            const Lanes column = load(weight + r * W);
+            SSM_EACH x.v[j] += column * rows[j * ranks + r];
+        }
+        const Group power = exp_minus_magnitude(x), step = softplus(x, power);
+        if (wants_slope) store(k.slope + t * W, sigmoid(x, power));
+        store(k.dt + t * W, step);
+        SSM_EACH store(k.dtx + (t + j) * W, step.v[j] * load(k.x + (t + j) * W));
+    }
+    fill_up(k.dt, s.tokens);
+}
+
+SSM_INLINE void load_lanes(const float* from, int count, Lanes* to) {
+    for (int m = 0; m < count; m++) to[m] = load(from + m * W);
+}
+
+static void forward_part(const Args& a, int64_t task, float* memory) {
+    const Part p = make_part(a, task);
+    Chunk s(a, {memory});
+    Route r(a, p, {memory + Chunk::floats(a)});
+    Tiles k;
+    alignas(64) float y[TILE];
+    const int64_t map = p.b * a.length * a.dim + p.first, ranks = padded(a.rank);
+    for (int route = 0; route < K; route++) {
+        load_route(a, p, route, r);
+        for (int64_t start = 0, chunk = 0; start < a.length; start += T, chunk++) {
+            load_shared(a, p, route, start, s);
+            for (int64_t i = 0; i < p.blocks; i++) {
+                float* h = r.h + i * a.state * W;
+                const float* A = r.A + i * a.state * W;
+                for (int64_t n = 0; n < a.state; n++)
+                    store(state_row(a, p, chunk, route, n) + i * W, load(h + n * W));
+                load_block<false>(a, s, a.x + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
+                const Lanes skip = load(r.skip + i * W);
+                for (int j = 0; j < s.tokens * W; j += W) store(y + j, load(k.x + j) * skip);
+                Lanes columns[2];
+                int64_t n = 0;
+                for (; n + 1 < a.state; n += 2) {
+                    load_lanes(A + n * W, 2, columns);
+                    scan_chunk<2>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
+                }
+                if (n < a.state) {
+                    load_lanes(A + n * W, 1, columns);
+                    scan_chunk<1>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
+                }
+                float* out = a.y + map + i * W;
+                if (route == 0)
+                    for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(y + t * W));
+                else
+                    for (int t = 0; t < s.tokens; t++) add_to(out + s.pixel[t] * a.dim, load(y + t * W));
+            }
+        }
+    }
+}
+
+// dweight (R', W) += rank (T, R')^T ddt (T, W)
+SSM_INLINE void add_weight_gradient(const Args& a, const Chunk& s, const float* ddt, float* dweight) {
+    const int64_t ranks = padded(a.rank);
+    constexpr int ROWS = 8;
+    for (int64_t first = 0; first < a.rank; first += ROWS) {
+        Lanes sums[ROWS] = {};
+        for (int t = 0; t < s.tokens; t++) {
+            const Lanes gradient = load(ddt + t * W);
+            for (int j = 0; j < ROWS; j++) sums[j] += gradient * s.rank[t * ranks + first + j];
+        }
+        for (int j = 0; j < ROWS; j++) add_to(dweight + (first + j) * W, sums[j]);
+    }
+}
+
+// drank (T, R') += ddt (T, W) turned (W, R')
+SSM_INLINE void add_rank_gradient(const Args& a, Chunk& s, const float* ddt, const float* turned) {
+    const int64_t ranks = padded(a.rank);
+    for (int64_t first = 0; first < ranks; first += W) {
+        for (int t = 0; t < s.tokens; t += SIDE) {
+            Group sums;
+            SSM_EACH sums.v[j] = load(s.drank + (t + j) * ranks + first);
+            for (int c = 0; c < W; c++) {
+                const Lanes row = load(turned + c * ranks + first);
+                SSM_EACH sums.v[j] += row * ddt[(t + j) * W + c];
+            }
+            SSM_EACH store(s.drank + (t + j) * ranks + first, sums.v[j]);
+        }
+    }
+}
+
+template <int M, bool first>
+SSM_INLINE void adjoint_states(
+    const Args& a, Chunk& s, const Tiles& k, int64_t n, const float* dy, const float* A, const float* states,
+    const Adjoint& to) {
+    Lanes columns[M];
+    alignas(64) float h[M * W];
+    load_lanes(A + n * W, M, columns);
+    for (int m = 0; m < M; m++) store(h + m * W, load(states + (n + m) * a.dim));
+    const Adjoint own = {to.lambda + n * W, to.dA + n * W, to.du, to.ddt};
+    adjoint_chunk<M, first>(
+        s.tokens, k.dt, k.dtx, dy, columns, s.B + n * T, s.C + n * T, h, own, s.dB + n * T, s.dC + n * T);
+}
+
+static void backward_part(const Args& a, int64_t task, float* memory) {
+    const Part p = make_part(a, task);
+    Chunk s(a, {memory});
+    Route r(a, p, {memory + Chunk::floats(a)});
+    Tiles k;
+    alignas(64) float dy[TILE], dx[TILE], ddt[TILE];
+    const int64_t map = p.b * a.length * a.dim + p.first, ranks = padded(a.rank), channels = p.blocks * W;
+    const int64_t fields = a.rank + 2 * a.state;
+    float* dproj = a.dproj + (p.index * a.batch + p.b) * a.length * K * fields;
+    for (int route = 0; route < K; route++) {
+        load_route(a, p, route, r);
+        for (float* sum : {r.dD, r.dbias}) std::memset(sum, 0, sizeof(float) * channels);
+        std::memset(r.dA, 0, sizeof(float) * channels * a.state);
+        std::memset(r.dweight, 0, sizeof(float) * channels * ranks);
+        int64_t chunk = (a.length + T - 1) / T;
+        while (chunk-- > 0) {
+            load_shared(a, p, route, chunk * T, s);
+            std::memset(s.drank, 0, sizeof(float) * T * ranks);
+            for (float* sum : {s.dB, s.dC}) std::memset(sum, 0, sizeof(float) * T * a.state);
+            for (int64_t i = 0; i < p.blocks; i++) {
+                load_block<true>(a, s, a.x + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
+                gather(a, s, a.dy + map + i * W, dy);
+                fill_up(dy, s.tokens);
+                const float *A = r.A + i * a.state * W, *states = state_row(a, p, chunk, route, 0) + i * W;
+                const Adjoint to = {r.h + i * a.state * W, r.dA + i * a.state * W, dx, ddt};
+                int64_t n = 1;
+                if (a.state % 2)
+                    adjoint_states<1, true>(a, s, k, 0, dy, A, states, to);
+                else
+                    adjoint_states<2, true>(a, s, k, 0, dy, A, states, to), n = 2;
+                for (; n < a.state; n += 2) adjoint_states<2, false>(a, s, k, n, dy, A, states, to);
+                finish_adjoint(
+                    s.tokens, k.slope, k.dt, k.x, dy, load(r.skip + i * W), dx, ddt, r.dD + i * W, r.dbias + i * W);
+                add_weight_gradient(a, s, ddt, r.dweight + i * ranks * W);
+                add_rank_gradient(a, s, ddt, r.turned + i * ranks * W);
+                float* out = a.dx + map + i * W;
+                if (route == 0)
+                    for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(dx + t * W));
+                else
+                    for (int t = 0; t < s.tokens; t++) add_to(out + s.pixel[t] * a.dim, load(dx + t * W));
+            }
+            for (int t = 0; t < s.tokens; t++) {
+                float* to = dproj + (s.pixel[t] * K + route) * fields;
+                std::memcpy(to, s.drank + t * ranks, sizeof(float) * a.rank);
+                for (int64_t n = 0; n < a.state; n++) {
+                    to[a.rank + n] = s.dB[n * T + t];
+                    to[a.rank + a.state + n] = s.dC[n * T + t];
+                }
+            }
+        }
+        const int64_t row = (p.b * K + route) * a.dim + p.first;
+        std::memcpy(a.dD + row, r.dD, sizeof(float) * channels);
+        std::memcpy(a.dbias + row, r.dbias, sizeof(float) * channels);
+        for (int64_t c = 0; c < channels; c += W)
+            for (int64_t i = 0; i < ranks; i += W)  // turned is read no more
+                transpose(r.dweight + c * ranks + i * W, W, r.turned + c * ranks + i, ranks);
+        for (int64_t c = 0; c < channels; c++) {
+            std::memcpy(a.ddt_weight + (row + c) * a.rank, r.turned + c * ranks, sizeof(float) * a.rank);
+            for (int64_t n = 0; n < a.state; n++)
+                a.dA[(row + c) * a.state + n] = r.dA[(c / W * a.state + n) * W + c % W];
+        }
+    }
+}
+
+// Floats that a thread needs.
+static int64_t workspace(const Args& a) {
+    const int64_t blocks = (a.dim / W + a.parts - 1) / a.parts;
+    return Chunk::floats(a) + Route::floats(a, blocks);
+}
