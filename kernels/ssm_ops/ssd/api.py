@@ -52,7 +52,8 @@ def ssd_chunk_scan(
         initial_states: (B, H, P, N) in float32 (float64).
         return_final_states: also return h_{L-1}, (B, H, P, N) in float32 (float64). Gradients flow through it.
         out_dtype: of the result; None is that of x.
-        impl: "auto" or "reference", which is plain PyTorch without a custom operator, also under ``torch.export``.
+        impl: "auto", "triton" (CUDA; not float64) or "reference", which is plain PyTorch without a custom operator,
+            also under ``torch.export``.
 
     Returns:
         (B, L, H, P), contiguous; with `return_final_states` a pair.

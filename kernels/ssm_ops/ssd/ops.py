@@ -16,7 +16,7 @@ from torch import Tensor
 from .._library import SINGLE_AND_HALF, declare, register
 from ..selective_scan.ops import state_dtype
 
-SSD_CHUNK_SCAN = declare("ssd_chunk_scan", __package__, SINGLE_AND_HALF, reference=None)
+SSD_CHUNK_SCAN = declare("ssd_chunk_scan", __package__, SINGLE_AND_HALF, triton=("cuda",), reference=None)
 
 
 def _fake_fwd(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, chunk_size, out_dtype, impl):
