@@ -1,22 +1,31 @@
-"""What is timed: for every operator, inputs at the stages of VMamba-T, the bytes that must move, and its baselines.
+"""What is timed: for every operator, inputs at the stages of a tiny model, the bytes that must move, and its baselines.
 
-Shapes: B batch, D channels, S side of the map, L = S * S, K = 4 routes, N state, R rank of the step sizes.
+The bytes are a floor: the forward reads its inputs and writes its output once, the backward reads the inputs and the
+gradient of the output and writes the gradients of the inputs. Parameters are small and not counted.
+
+Shapes: B batch, D channels, S side of the map, L = S * S, K = 4 routes, N state, R rank of the step sizes, H heads of P
+channels.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_ops import cross_merge, cross_scan, selective_scan, ss2d_scan
+from ssm_ops import causal_conv1d, cross_merge, cross_scan, nc_ssd, selective_scan, ss2d_scan, ssd_chunk_scan
+from ssm_ops._library import OPERATORS, available
 
-STAGES = ((192, 56), (384, 28), (768, 14), (1536, 7))  # (D, S) of ratio 2; half the channels for ratio 1
+STAGES = ((192, 56), (384, 28), (768, 14), (1536, 7))  # VMamba-T: (D, S) of ratio 2; half the channels for ratio 1
+SSD_STAGES = ((2, 56), (4, 28), (8, 14), (16, 7))  # VSSD-T: (H, S)
+VIM_SIZES = ((384, 197), (768, 197), (1536, 197), (384, 785))  # Vim-T, -S, -B, and -T with stride 8: (D, L)
 K = 4
+HEAD_DIM = SSD_STATE = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,20 @@ class Case:
     bytes_backward: int
 
 
+def cases(
+    operator: str, sizes: list[int], batches: list[int], states: list[int], device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    """The cases of an operator, each made when it is asked for. `sizes`: which of its four, from 1."""
+    impls = available(OPERATORS[operator], device.type, dtype)
+    for batch in batches:
+        for i in sizes:
+            yield from MAKERS[operator](i - 1, batch, states, impls, device=device, dtype=dtype)
+
+
+def _ways(operator: Callable[..., Tensor], impls: list[str], **options) -> dict[str, Callable[..., Tensor]]:
+    return {impl: functools.partial(operator, impl=impl, **options) for impl in impls}
+
+
 def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -39,24 +62,41 @@ def _leaf(*shape: int, device: torch.device, dtype: torch.dtype, scale: float = 
     return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_()
 
 
-def selective_scan_case(batch, dim, side, n_state, device, dtype, impls) -> Case:
-    """The scan of all four routes, K * dim channels in K groups."""
-    channels, length = K * dim, side * side
-    maps = [_leaf(batch, channels, length, device=device, dtype=dtype) for _ in range(2)]
-    projected = [_leaf(batch, K, n_state, length, device=device, dtype=dtype) for _ in range(2)]
-    A = (-torch.rand(channels, n_state, device=device)).requires_grad_()
-    vectors = [_leaf(channels, device=device, dtype=torch.float32) for _ in range(2)]
-    inputs = (*maps, A, *projected, *vectors)
+def _decay(*shape: int, device: torch.device) -> Tensor:
+    return (-torch.rand(shape, device=device)).requires_grad_()
 
-    forward = _bytes(*maps, *projected) + _bytes(maps[0])
-    return Case(
-        "selective_scan",
-        f"B{batch} D{channels} L{length} N{n_state}",
-        inputs,
-        {i: functools.partial(selective_scan, delta_softplus=True, impl=i) for i in impls} | {"loop": step_loop},
-        forward,
-        forward + _bytes(*maps, *projected),
-    )
+
+# ---- scans ----------------------------------------------------------------------------------------------------------
+
+
+def _selective_scan(size, batch, states, impls, **kind) -> Iterator[Case]:
+    """The scan of all four routes, K * D channels in K groups."""
+    dim, side = STAGES[size]
+    for n_state in states:
+        for channels in (K * dim, K * dim // 2):
+            maps = [_leaf(batch, channels, side * side, **kind) for _ in range(2)]
+            projected = [_leaf(batch, K, n_state, side * side, **kind) for _ in range(2)]
+            vectors = [_leaf(channels, device=kind["device"], dtype=torch.float32) for _ in range(2)]
+            A = _decay(channels, n_state, device=kind["device"])
+            ways = _ways(selective_scan, impls, delta_softplus=True) | {"loop": step_loop}
+            if kind["device"].type == "cuda" and importlib.util.find_spec("mamba_ssm") is not None:
+                ways["mamba_ssm"] = mamba_ssm_scan
+            forward = _bytes(*maps, *projected) + _bytes(maps[0])
+            yield Case(
+                "selective_scan",
+                f"B{batch} D{channels} L{side * side} N{n_state}",
+                (*maps, A, *projected, *vectors),
+                ways,
+                forward,
+                forward + _bytes(*maps, *projected),
+            )
+
+
+def mamba_ssm_scan(u, delta, A, B, C, D, delta_bias):
+    """The scan of the mamba_ssm package, if it is installed."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return selective_scan_fn(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True)
 
 
 def step_loop(u, delta, A, B, C, D, delta_bias):
@@ -70,25 +110,25 @@ def step_loop(u, delta, A, B, C, D, delta_bias):
     return torch.stack(ys, 2)
 
 
-def ss2d_scan_case(batch, dim, side, n_state, device, dtype, impls) -> Case:
+def _ss2d_scan(size, batch, states, impls, **kind) -> Iterator[Case]:
     """The fused operator against the composition of the fastest other operators."""
-    rank = -(-dim // 32)
-    x = torch.randn(batch, dim, side, side, device=device).to(dtype)
-    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    proj = _leaf(batch, side, side, K * (rank + 2 * n_state), device=device, dtype=dtype)
-    weight = _leaf(K, dim, rank, device=device, dtype=torch.float32, scale=rank**-0.5)
-    A = (-torch.rand(K * dim, n_state, device=device)).requires_grad_()
-    vectors = [_leaf(K * dim, device=device, dtype=torch.float32) for _ in range(2)]
-
-    forward = 2 * _bytes(x) + _bytes(proj)
-    return Case(
-        "ss2d_scan",
-        f"B{batch} D{dim} {side}x{side} N{n_state} R{rank}",
-        (x, proj, weight, A, *vectors),
-        {"composition": composition} | {i: functools.partial(ss2d_scan, impl=i) for i in impls if i != "reference"},
-        forward,
-        3 * _bytes(x) + 2 * _bytes(proj),
-    )
+    full_dim, side = STAGES[size]
+    for n_state in states:
+        for dim in (full_dim, full_dim // 2):
+            rank = -(-dim // 32)
+            x = torch.randn(batch, dim, side, side, device=kind["device"]).to(kind["dtype"])
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+            proj = _leaf(batch, side, side, K * (rank + 2 * n_state), **kind)
+            weight = _leaf(K, dim, rank, device=kind["device"], dtype=torch.float32, scale=rank**-0.5)
+            vectors = [_leaf(K * dim, device=kind["device"], dtype=torch.float32) for _ in range(2)]
+            yield Case(
+                "ss2d_scan",
+                f"B{batch} D{dim} {side}x{side} N{n_state} R{rank}",
+                (x, proj, weight, _decay(K * dim, n_state, device=kind["device"]), *vectors),
+                {"composition": composition} | _ways(ss2d_scan, [i for i in impls if i != "reference"]),
+                2 * _bytes(x) + _bytes(proj),
+                3 * _bytes(x) + 2 * _bytes(proj),
+            )
 
 
 def composition(x, proj, weight, A, D, bias):
@@ -102,11 +142,62 @@ def composition(x, proj, weight, A, D, bias):
     return cross_merge(y.unflatten(1, (K, -1)).unflatten(3, size)).unflatten(2, size)
 
 
-def cross_case(name, batch, dim, side, device, dtype, impls) -> Case:
-    """Scan or merge, channel-first."""
-    operator = {"cross_scan": cross_scan, "cross_merge": cross_merge}[name]
-    shape = (batch, dim, side, side) if name == "cross_scan" else (batch, K, dim, side, side)
-    x = _leaf(*shape, device=device, dtype=dtype)
+def _cross(operator, size, batch, states, impls, **kind) -> Iterator[Case]:
+    """Scan or merge, channel-first: one map, four routes."""
+    dim, side = STAGES[size]
+    shape = (batch, dim, side, side) if operator is cross_scan else (batch, K, dim, side, side)
+    x = _leaf(*shape, **kind)
     moved = 5 * batch * dim * side * side * x.element_size()
-    run = {impl: functools.partial(operator, impl=impl) for impl in impls}
-    return Case(name, f"B{batch} C{dim} {side}x{side}", (x,), run, moved, moved)
+    name = f"B{batch} C{dim} {side}x{side}"
+    yield Case(operator.__name__, name, (x,), _ways(operator, impls), moved, moved)
+
+
+# ---- SSD and convolution --------------------------------------------------------------------------------------------
+
+
+def _ssd(operator, size, batch, states, impls, **kind) -> Iterator[Case]:
+    """Causal or not, with one group."""
+    heads, side = SSD_STAGES[size]
+    length = side * side
+    x, dt = _leaf(batch, length, heads, HEAD_DIM, **kind), _leaf(batch, length, heads, **kind)
+    B, C = (_leaf(batch, length, 1, SSD_STATE, scale=SSD_STATE**-0.5, **kind) for _ in range(2))
+    D, dt_bias = (_leaf(heads, device=kind["device"], dtype=torch.float32) for _ in range(2))
+
+    def with_options(x, dt, A, B, C, D, dt_bias, impl):
+        return operator(x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True, impl=impl)
+
+    forward = _bytes(x, dt, B, C) + _bytes(x)
+    yield Case(
+        operator.__name__,
+        f"B{batch} L{length} H{heads} P{HEAD_DIM} N{SSD_STATE}",
+        (x, dt, _decay(heads, device=kind["device"]), B, C, D, dt_bias),
+        _ways(with_options, impls),
+        forward,
+        forward + _bytes(x, dt, B, C),
+    )
+
+
+def _causal_conv1d(size, batch, states, impls, **kind) -> Iterator[Case]:
+    """Four taps and SiLU, against PyTorch's depthwise convolution."""
+    dim, length = VIM_SIZES[size]
+    x, weight, bias = _leaf(batch, dim, length, **kind), _leaf(dim, 4, **kind), _leaf(dim, **kind)
+    ways = _ways(causal_conv1d, impls, activation="silu") | {"conv1d": padded_conv1d}
+    yield Case("causal_conv1d", f"B{batch} D{dim} L{length} K4", (x, weight, bias), ways, 2 * _bytes(x), 3 * _bytes(x))
+
+
+def padded_conv1d(x, weight, bias):
+    """The same from PyTorch's parts."""
+    taps = weight.shape[1]
+    return F.silu(F.conv1d(x, weight[:, None], bias, padding=taps - 1, groups=x.shape[1])[..., : x.shape[2]])
+
+
+MAKERS = {
+    "selective_scan": _selective_scan,
+    "ss2d_scan": _ss2d_scan,
+    "cross_scan": functools.partial(_cross, cross_scan),
+    "cross_merge": functools.partial(_cross, cross_merge),
+    "ssd_chunk_scan": functools.partial(_ssd, ssd_chunk_scan),
+    "nc_ssd": functools.partial(_ssd, nc_ssd),
+    "causal_conv1d": _causal_conv1d,
+}
+"""By operator: f(size, batch, states, impls, device=, dtype=) yields the cases of one size, counted from 0."""

@@ -1,6 +1,7 @@
 """Times the operators: python kernels/benchmarks/run.py --device cpu --ops selective_scan ss2d_scan --out results.csv
 
-First the numbers of every implementation are compared with the first one's; one that differs is not timed but reported.
+First the numbers of every implementation are compared with the first one's; one that differs is not timed but reported,
+and the exit status is 1.
 Then all ways to compute a case take turns, forward and forward + backward, and the table shows medians with the fastest
 and slowest run, the bytes that must move, and their rate as a share of the copy bandwidth measured here. Beside the csv
 comes a PNG of the curves.
@@ -9,18 +10,14 @@ comes a PNG of the curves.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
-import statistics
-import time
+import functools
+import sys
 from pathlib import Path
 
 import torch
-from cases import STAGES, Case, cross_case, selective_scan_case, ss2d_scan_case
+from cases import MAKERS, Case, cases
+from timing import Times, in_turns, timed, write_csv
 
-from ssm_ops._library import OPERATORS, available
-
-OPS = ("selective_scan", "ss2d_scan", "cross_scan", "cross_merge")
 COLUMNS = (
     "operator",
     "size",
@@ -39,7 +36,8 @@ COLUMNS = (
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--ops", nargs="+", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--sizes", nargs="+", type=int, choices=range(1, 5), default=[1, 2, 3, 4], help="of each four")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--state", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -47,23 +45,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--loop", action="store_true", help="also the token-by-token loop (selective_scan; slow)")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
-
-
-def cases(args, device, dtype):
-    """Every case of the command line, made one after the other."""
-    for op, batch, (dim, side) in itertools.product(args.ops, args.batch, STAGES):
-        impls = available(OPERATORS[op], args.device, dtype)
-        if op in ("cross_scan", "cross_merge"):
-            yield cross_case(op, batch, dim, side, device, dtype, impls)
-            continue
-        make = {"selective_scan": selective_scan_case, "ss2d_scan": ss2d_scan_case}[op]
-        for n_state, half in itertools.product(args.state, (1, 2)):
-            yield make(batch, dim // half, side, n_state, device, dtype, impls)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def gate(case: Case) -> dict[str, float]:
@@ -84,41 +65,33 @@ def gate(case: Case) -> dict[str, float]:
     }
 
 
-def time_case(case: Case, names: list[str], repeats: int, device: torch.device) -> dict[str, tuple[list, list]]:
-    """Seconds of (forward, forward + backward) of every way, measured in turns."""
-    taken = {name: ([], []) for name in names}
-    for turn in range(repeats + 1):
-        for name in names:
-            with torch.no_grad():
-                synchronize(device)
-                start = time.perf_counter()
-                out = case.run[name](*case.inputs)
-                synchronize(device)
-                forward = time.perf_counter() - start
-            dout = torch.ones_like(out)
-            start = time.perf_counter()
-            torch.autograd.grad(case.run[name](*case.inputs), case.inputs, dout)
-            synchronize(device)
-            if turn > 0:  # the first turn warms up
-                taken[name][0].append(forward)
-                taken[name][1].append(time.perf_counter() - start)
-    return taken
+def time_case(case: Case, names: list[str], repeats: int, device: torch.device) -> dict[tuple[str, str], Times]:
+    """Of every pass and way."""
+    dout = torch.ones_like(case.run[names[0]](*case.inputs))
+
+    def forward(run):
+        with torch.no_grad():
+            run(*case.inputs)
+
+    def both(run):
+        torch.autograd.grad(run(*case.inputs), case.inputs, dout)
+
+    runs = {}
+    for name in names:
+        runs["forward", name] = functools.partial(forward, case.run[name])
+        runs["forward+backward", name] = functools.partial(both, case.run[name])
+    return in_turns(runs, repeats, device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second (read + written) of a large copy: the best of ten."""
     x = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
-    y, best = torch.empty_like(x), float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        y.copy_(x)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * x.numel() * x.element_size() / best
+    y = torch.empty_like(x)
+    return 2 * x.numel() * x.element_size() / min(timed(lambda: y.copy_(x), device) for _ in range(10))
 
 
-def rows_of(case: Case, args, device, dtype, bandwidth: float) -> list[dict]:
+def rows_of(case: Case, args, device, dtype, bandwidth: float) -> tuple[list[dict], int]:
+    """Of the ways whose numbers are right, and how many are not."""
     if not args.loop:
         case.run.pop("loop", None)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
@@ -127,24 +100,20 @@ def rows_of(case: Case, args, device, dtype, bandwidth: float) -> list[dict]:
     for name, error in wrong.items():
         print(f"WRONG {case.operator} {case.size} {name}: relative difference {error:.1e}, not timed")
     names = [name for name in case.run if name not in wrong]
-    rows = []
     taken = time_case(case, names, args.repeats, device)
-    for index, (label, moved) in enumerate(
-        (("forward", case.bytes_forward), ("forward+backward", case.bytes_forward + case.bytes_backward))
-    ):
-        slowest = max(statistics.median(t[index]) for t in taken.values())
-        for name, t in taken.items():
-            seconds = statistics.median(t[index])
-            values = (case.operator, case.size, args.dtype, name, label, 1e3 * seconds, 1e3 * min(t[index]))
-            values += (1e3 * max(t[index]), moved, moved / seconds / bandwidth, slowest / seconds)
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
-            print(
-                f"{case.operator:15} {case.size:28} {label:17} {name:12} {1e3 * seconds:9.3f} ms "
-                f"({1e3 * min(t[index]):.3f}..{1e3 * max(t[index]):.3f})  {moved / seconds / bandwidth:5.1%} of copy  "
-                f"x{slowest / seconds:.1f}",
-                flush=True,
-            )
-    return rows
+    moved = {"forward": case.bytes_forward, "forward+backward": case.bytes_forward + case.bytes_backward}
+    rows = []
+    for (label, name), t in taken.items():
+        share = moved[label] / t.median / bandwidth
+        speedup = max(taken[label, other].median for other in names) / t.median
+        values = (case.operator, case.size, args.dtype, name, label, 1e3 * t.median, 1e3 * t.fastest, 1e3 * t.slowest)
+        rows.append(dict(zip(COLUMNS, (*values, moved[label], share, speedup), strict=True)))
+        print(
+            f"{case.operator:15} {case.size:28} {label:17} {name:12} {1e3 * t.median:9.3f} ms "
+            f"({1e3 * t.fastest:.3f}..{1e3 * t.slowest:.3f})  {share:6.1%} of copy  x{speedup:.1f}",
+            flush=True,
+        )
+    return sorted(rows, key=lambda row: row["pass"]), len(wrong)
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -175,16 +144,16 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    rows = []
-    for case in cases(args, device, dtype):
-        rows += rows_of(case, args, device, dtype, bandwidth)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, args.out.with_suffix(".png"))
+    rows, n_wrong = [], 0
+    for op in args.ops:
+        for case in cases(op, args.sizes, args.batch, args.state, device, dtype):
+            of_case, wrong = rows_of(case, args, device, dtype, bandwidth)
+            rows, n_wrong = rows + of_case, n_wrong + wrong
+            write_csv(rows, COLUMNS, args.out)  # what is there stays, should the run be cut short
+        draw(rows, args.out.with_suffix(".png"))
     print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
+    if n_wrong:
+        sys.exit(f"{n_wrong} results were wrong, see WRONG above")
 
 
 if __name__ == "__main__":

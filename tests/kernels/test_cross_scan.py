@@ -88,6 +88,68 @@ def test_non_contiguous_input(impl):
     assert torch.equal(cross_scan(x, impl=impl), cross_scan(x.contiguous(), impl="reference"))
 
 
+@IMPL
+@pytest.mark.parametrize("flags", [f for f in FLAGS if f[3] == "cross2d"], ids=str)
+def test_one_channel(flags, impl):
+    """Here a stride of 1 says nothing about which axis is contiguous."""
+    maps, routes = sizes(*flags[:3], channels=1)[:2]
+    for operator, shape in ((cross_scan, maps), (cross_merge, routes)):
+        x = torch.randn(shape)
+        assert torch.equal(operator(x, *flags, impl=impl), operator(x, *flags, impl="reference"))
+
+
+COMPILED = pytest.mark.parametrize("impl", [p for p in implementations("cross_scan") if p.values == ("cpu",)])
+# (batch, channels, height, width): one and several tiles, with and without remainders, blocks of 16, 8, 4 and single
+# numbers, one channel, no sample
+SIZES = [(2, 40, 14, 14), (1, 17, 33, 70), (1, 1030, 3, 2), (3, 1, 5, 9), (2, 40, 1, 9), (2, 3, 65, 1), (0, 3, 4, 5)]
+
+
+def spread(x, *, stride=1, start=0):
+    """The same numbers at other places in memory: every `stride`-th along each dimension, the first at `start`."""
+    padded = x.new_full([start + stride * n for n in x.shape], float("nan"))
+    view = padded[tuple(slice(start, start + stride * n, stride) for n in x.shape)]
+    return view.copy_(x)
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_compiled_has_the_bits_of_the_reference(flags, dtype, impl):
+    """At sizes that need every path, for any strides."""
+    for size in SIZES:
+        maps, routes = sizes(*flags[:3], *size)[:2]
+        for operator, shape in ((cross_scan, maps), (cross_merge, routes)):
+            x = torch.randn(shape).to(dtype)
+            want = operator(x, *flags, impl="reference")
+            turned = x.transpose(1, -1).contiguous().transpose(1, -1)
+            for same in (x, turned, spread(x, start=1), spread(x, stride=2)):
+                got = operator(same, *flags, impl=impl)
+                assert got.is_contiguous() and got.dtype == dtype and torch.equal(got, want), (size, same.stride())
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_compiled_merges_all_numbers_of_half_precision(dtype, impl):
+    """All 65536, infinities, NaN and subnormal numbers among them."""
+    y = torch.arange(2**16).to(torch.uint16).view(dtype)[torch.randperm(2**16)].view(1, 4, 64, 16, 16)
+    got, want = (cross_merge(y, impl=i) for i in (impl, "reference"))
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@COMPILED
+def test_compiled_does_not_depend_on_the_threads(impl):
+    x = torch.randn(2, 100, 37, 19)
+    y = torch.randn(2, 4, 100, 37, 19)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            results.append((cross_scan(x, True, False, impl=impl), cross_merge(y, False, True, impl=impl)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -5,7 +5,7 @@
 #if SSM_HAS_TARGETS
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,bmi2")
 #define SSM_NATIVE 16
 namespace avx512 {
 #include SSM_KERNELS
@@ -14,7 +14,7 @@ namespace avx512 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,fma,bmi2")
 #define SSM_NATIVE 8
 namespace avx2 {
 #include SSM_KERNELS

@@ -152,12 +152,12 @@ SSM_INLINE Group sigmoid(const Group& x, const Group& power) {
 // The halves of x and y put together, lower or upper half of every `step` numbers: for step = NATIVE those of the whole.
 template <int step, bool upper, std::size_t... I>
 SSM_INLINE Native halves(Native x, Native y, std::index_sequence<I...>) {
-    return __builtin_shufflevector(x, y, (I / (step / 2) * step + I % (step / 2) + upper * (step / 2))...);
+    return SSM_SHUFFLE(NativeInts, x, y, int(I / (step / 2) * step + I % (step / 2) + upper * (step / 2))...);
 }
 
 template <int first, std::size_t... I>
 SSM_INLINE Native interleave(Native x, Native y, std::index_sequence<I...>) {
-    return __builtin_shufflevector(x, y, (I % 2 * NATIVE + I / 2 + first)...);
+    return SSM_SHUFFLE(NativeInts, x, y, int(I % 2 * NATIVE + I / 2 + first)...);
 }
 
 constexpr auto ALL = std::make_index_sequence<NATIVE>();

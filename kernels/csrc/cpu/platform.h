@@ -8,8 +8,15 @@
 #define SSM_HAS_TARGETS 1
 // Versions of a function for AVX-512, AVX2 and the rest, chosen when the library is loaded: for loops that the compiler
 // makes vectors of. Kernels that name their vectors are compiled by for_each_target.h instead.
-#define SSM_VERSIONS __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define SSM_VERSIONS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
 #else
 #define SSM_HAS_TARGETS 0
 #define SSM_VERSIONS
+#endif
+
+// The numbers of vectors x and y, counted on from x to y, in the order of the indices; Mask is a vector of integers.
+#if defined(__clang__)
+#define SSM_SHUFFLE(Mask, x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SSM_SHUFFLE(Mask, x, y, ...) __builtin_shuffle(x, y, Mask{__VA_ARGS__})
 #endif

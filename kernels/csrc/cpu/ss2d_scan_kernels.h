@@ -112,31 +112,41 @@ struct Tiles {
     alignas(64) float x[TILE], dt[TILE], dtx[TILE], slope[TILE];
 };
 
+// Products with small matrices keep this many rows of sums in registers.
+constexpr int ROWS = NATIVE / 2;
+static_assert(T % ROWS == 0, "blocks of rows end where a tile ends");
+
+// tile (T, W) = bias + rank (T, R') weight (R', W); to the end of a block of rows
+SSM_INLINE void raw_step_sizes(const Args& a, const Chunk& s, const float* weight, Lanes bias, float* tile) {
+    const int64_t ranks = padded(a.rank);
+    for (int t = 0; t < s.tokens; t += ROWS) {
+        Lanes sums[ROWS];
+        for (int j = 0; j < ROWS; j++) sums[j] = bias;
+        for (int64_t r = 0; r < a.rank; r++) {
+            const Lanes row = load(weight + r * W);
+            for (int j = 0; j < ROWS; j++) sums[j] += row * s.rank[(t + j) * ranks + r];
+        }
+        for (int j = 0; j < ROWS; j++) store(tile + (t + j) * W, sums[j]);
+    }
+}
+
 // tile[t] = W channels of map at the pixels of the chunk
 SSM_INLINE void gather(const Args& a, const Chunk& s, const float* map, float* tile) {
     for (int t = 0; t < s.tokens; t++) store(tile + t * W, load(map + s.pixel[t] * a.dim));
 }
 
-// The step sizes are rank (T, R) times weight (R, W), a group of tokens at once.
 template <bool wants_slope>
 SSM_INLINE void load_block(const Args& a, const Chunk& s, const float* map, const float* weight, Lanes bias, Tiles& k) {
-    const int64_t ranks = padded(a.rank);
     gather(a, s, map, k.x);
-    fill_up(k.x, s.tokens);
+    raw_step_sizes(a, s, weight, bias, k.dt);
     for (int t = 0; t < s.tokens; t += SIDE) {
-        Group x;
-        SSM_EACH x.v[j] = bias;
-        const float* rows = s.rank + t * ranks;
-        for (int64_t r = 0; r < a.rank; r++) {
-            const Lanes column = load(weight + r * W);
-            SSM_EACH x.v[j] += column * rows[j * ranks + r];
-        }
-        const Group power = exp_minus_magnitude(x), step = softplus(x, power);
+        const Group x = load_group(k.dt + t * W), power = exp_minus_magnitude(x), step = softplus(x, power);
         if (wants_slope) store(k.slope + t * W, sigmoid(x, power));
         store(k.dt + t * W, step);
         SSM_EACH store(k.dtx + (t + j) * W, step.v[j] * load(k.x + (t + j) * W));
     }
     fill_up(k.dt, s.tokens);
+    fill_up(k.dtx, s.tokens);
 }
 
 SSM_INLINE void load_lanes(const float* from, int count, Lanes* to) {
@@ -161,7 +171,11 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
                     store(state_row(a, p, chunk, route, n) + i * W, load(h + n * W));
                 load_block<false>(a, s, a.x + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
                 const Lanes skip = load(r.skip + i * W);
-                for (int j = 0; j < s.tokens * W; j += W) store(y + j, load(k.x + j) * skip);
+                float* out = a.y + map + i * W;
+                for (int t = 0; t < s.tokens; t++) {
+                    const Lanes before = route == 0 ? everywhere(0.0f) : load(out + s.pixel[t] * a.dim);
+                    store(y + t * W, before + load(k.x + t * W) * skip);
+                }
                 Lanes columns[2];
                 int64_t n = 0;
                 for (; n + 1 < a.state; n += 2) {
@@ -172,11 +186,7 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
                     load_lanes(A + n * W, 1, columns);
                     scan_chunk<1>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
                 }
-                float* out = a.y + map + i * W;
-                if (route == 0)
-                    for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(y + t * W));
-                else
-                    for (int t = 0; t < s.tokens; t++) add_to(out + s.pixel[t] * a.dim, load(y + t * W));
+                for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(y + t * W));
             }
         }
     }
@@ -185,31 +195,30 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
 // dweight (R', W) += rank (T, R')^T ddt (T, W)
 SSM_INLINE void add_weight_gradient(const Args& a, const Chunk& s, const float* ddt, float* dweight) {
     const int64_t ranks = padded(a.rank);
-    constexpr int ROWS = 8;
     for (int64_t first = 0; first < a.rank; first += ROWS) {
-        Lanes sums[ROWS] = {};
+        Lanes sums[ROWS];
+        for (int j = 0; j < ROWS; j++) sums[j] = load(dweight + (first + j) * W);
         for (int t = 0; t < s.tokens; t++) {
-            const Lanes gradient = load(ddt + t * W);
-            for (int j = 0; j < ROWS; j++) sums[j] += gradient * s.rank[t * ranks + first + j];
+            const Lanes row = load(ddt + t * W);
+            for (int j = 0; j < ROWS; j++) sums[j] += row * s.rank[t * ranks + first + j];
         }
-        for (int j = 0; j < ROWS; j++) add_to(dweight + (first + j) * W, sums[j]);
+        for (int j = 0; j < ROWS; j++) store(dweight + (first + j) * W, sums[j]);
     }
 }
 
-// drank (T, R') += ddt (T, W) turned (W, R')
+// drank (T, R') += ddt (T, W) turned (W, R'); to the end of a block of rows
 SSM_INLINE void add_rank_gradient(const Args& a, Chunk& s, const float* ddt, const float* turned) {
     const int64_t ranks = padded(a.rank);
-    for (int64_t first = 0; first < ranks; first += W) {
-        for (int t = 0; t < s.tokens; t += SIDE) {
-            Group sums;
-            SSM_EACH sums.v[j] = load(s.drank + (t + j) * ranks + first);
+    for (int64_t first = 0; first < ranks; first += W)
+        for (int t = 0; t < s.tokens; t += ROWS) {
+            Lanes sums[ROWS];
+            for (int j = 0; j < ROWS; j++) sums[j] = load(s.drank + (t + j) * ranks + first);
             for (int c = 0; c < W; c++) {
                 const Lanes row = load(turned + c * ranks + first);
-                SSM_EACH sums.v[j] += row * ddt[(t + j) * W + c];
+                for (int j = 0; j < ROWS; j++) sums[j] += row * ddt[(t + j) * W + c];
             }
-            SSM_EACH store(s.drank + (t + j) * ranks + first, sums.v[j]);
+            for (int j = 0; j < ROWS; j++) store(s.drank + (t + j) * ranks + first, sums[j]);
         }
-    }
 }
 
 template <int M, bool first>

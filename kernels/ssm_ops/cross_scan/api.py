@@ -37,7 +37,7 @@ def cross_scan(
             (B, 4, C, H, W) or (B, H, W, 4, C), of which map k is read along route k only.
         out_channel_first: the result is (B, 4, C, L), else (B, L, 4, C).
         scans: the routes, see above.
-        impl: "auto", "reference" or "triton"; "reference" is plain PyTorch without a custom operator.
+        impl: "auto", "cpu", "triton" or "reference"; the last is plain PyTorch without a custom operator.
 
     Returns:
         Contiguous, dtype of x. The adjoint (and the gradient) is `cross_merge` with the same flags.

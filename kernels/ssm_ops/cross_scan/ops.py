@@ -11,8 +11,8 @@ from .._library import SINGLE_AND_HALF, declare, register
 
 FLOATING = (*SINGLE_AND_HALF, torch.float64)
 
-CROSS_SCAN = declare("cross_scan", __package__, FLOATING, triton=("cuda",), reference=None)
-CROSS_MERGE = declare("cross_merge", __package__, FLOATING, triton=("cuda",), reference=None)
+CROSS_SCAN = declare("cross_scan", __package__, FLOATING, cpu=("cpu",), triton=("cuda",), reference=None)
+CROSS_MERGE = declare("cross_merge", __package__, FLOATING, cpu=("cpu",), triton=("cuda",), reference=None)
 
 _FLAGS = "bool in_channel_first, bool out_channel_first, bool one_by_one, str scans, str impl"
 

@@ -242,7 +242,7 @@ def _as_routes(y: Tensor, channel_first: bool) -> Tensor:
 
 def _channels_last(x: Tensor) -> bool | None:
     """Whether the channels of x (B, K, C, H, W) are contiguous (True) or its rows (False); None if neither."""
-    if x.stride(2) == 1 and x.shape[2] > 1:
+    if x.stride(2) == 1 and (x.shape[2] > 1 or x.stride(4) != 1):
         return True
     return False if x.stride(4) == 1 or x.shape[4] == 1 else None
 

@@ -1,0 +1,181 @@
+"""The benchmarks at tiny sizes, each as a user starts it: the numbers in their tables, and how the GPU suite fails."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssm_ops._library import OPERATORS, available
+
+FOLDER = Path(__file__).parents[2] / "kernels" / "benchmarks"
+PNG = b"\x89PNG"
+
+
+def start(command, **env) -> subprocess.CompletedProcess:
+    command = [str(part) for part in command]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+def table(script: str, out: Path, *options) -> list[dict[str, str]]:
+    done = start([sys.executable, FOLDER / script, "--repeats", 2, "--out", out, *options])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WRONG" not in done.stdout
+    assert out.with_suffix(".png").read_bytes().startswith(PNG)
+    with open(out, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+# float32 numbers that the forward and the backward must move at size 4 and batch 2, counted by hand
+L = 49
+NUMBERS = {
+    "selective_scan": {
+        "B2 D6144 L49 N1": (2 * L * (3 * 6144 + 2 * 4), 2 * L * (5 * 6144 + 4 * 4)),
+        "B2 D3072 L49 N1": (2 * L * (3 * 3072 + 2 * 4), 2 * L * (5 * 3072 + 4 * 4)),
+    },
+    "ss2d_scan": {
+        "B2 D1536 7x7 N1 R48": (2 * L * (2 * 1536 + 4 * 50), 2 * L * (3 * 1536 + 8 * 50)),
+        "B2 D768 7x7 N1 R24": (2 * L * (2 * 768 + 4 * 26), 2 * L * (3 * 768 + 8 * 26)),
+    },
+    "cross_scan": {"B2 C1536 7x7": (2 * L * 5 * 1536, 2 * L * 5 * 1536)},
+    "cross_merge": {"B2 C1536 7x7": (2 * L * 5 * 1536, 2 * L * 5 * 1536)},
+    "ssd_chunk_scan": {"B2 L49 H16 P64 N64": (2 * L * (2 * 1024 + 16 + 128), 2 * L * (3 * 1024 + 32 + 256))},
+    "nc_ssd": {"B2 L49 H16 P64 N64": (2 * L * (2 * 1024 + 16 + 128), 2 * L * (3 * 1024 + 32 + 256))},
+    "causal_conv1d": {"B2 D384 L785 K4": (2 * 785 * 384 * 2, 2 * 785 * 384 * 3)},
+}
+
+
+@pytest.fixture(scope="module")
+def operators(tmp_path_factory):
+    out = tmp_path_factory.mktemp("operators") / "new" / "operators.csv"
+    return table("run.py", out, "--sizes", 4, "--batch", 2, "--state", 1)
+
+
+@pytest.mark.parametrize("operator", NUMBERS)
+def test_operator_table(operators, operator):
+    rows = [row for row in operators if row["operator"] == operator]
+    assert {row["size"] for row in rows} == set(NUMBERS[operator])
+    expected = set(available(OPERATORS[operator], "cpu", torch.float32))
+    if operator == "ss2d_scan":
+        expected = expected - {"reference"} | {"composition"}
+    if operator == "causal_conv1d":
+        expected |= {"conv1d"}
+    for size, (forward, backward) in NUMBERS[operator].items():
+        for label, numbers in (("forward", forward), ("forward+backward", forward + backward)):
+            mine = [row for row in rows if (row["size"], row["pass"]) == (size, label)]
+            assert {row["impl"] for row in mine} == expected and len(mine) == len(expected)
+            assert {row["bytes"] for row in mine} == {str(4 * numbers)}
+            slowest = max(float(row["median_ms"]) for row in mine)
+            rates = set()
+            for row in mine:
+                median = float(row["median_ms"])
+                assert 0 < float(row["min_ms"]) <= median <= float(row["max_ms"])
+                assert float(row["speedup"]) == pytest.approx(slowest / median)
+                rates.add(float(row["copy_share"]) * median / int(row["bytes"]))
+            assert max(rates) == pytest.approx(min(rates)) and min(rates) > 0  # one bandwidth for all
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def check_speeds(row: dict[str, str]) -> None:
+    assert 0 < float(row["slowest"]) <= float(row["images_per_second"]) <= float(row["fastest"])
+    assert float(row["images_per_second"]) == pytest.approx(1e3 * int(row["batch"]) / float(row["median_ms"]))
+    assert row["peak_mb"] == ""  # nobody counts on the CPU
+
+
+def test_model_table(tmp_path):
+    names = ("vmamba_nano", "swin_s3_tiny_224")
+    options = ("--models", *names, "--size", 32, "--batch", 3, "--dtype", "bfloat16", "--channels-last")
+    rows = table("models.py", tmp_path / "models.csv", *options)
+    made = [(row["pass"], row["model"], row["layout"]) for row in rows]
+    layouts = ("nchw", "channels_last")
+    assert made == [(p, m, l) for p in ("inference", "training") for m in names for l in layouts]
+    for row in rows:
+        assert (row["size"], row["batch"], row["dtype"], row["compiled"]) == ("32", "3", "bfloat16", "False")
+        check_speeds(row)
+
+
+def test_cost_of_larger_images(tmp_path):
+    out = tmp_path / "linear.csv"
+    rows = table("models.py", out, "--models", "vmamba_nano", "--size", 32, "--linear")
+    assert [(row["pass"], row["size"], row["batch"]) for row in rows] == [
+        ("inference", "32", "1"),
+        ("inference", "128", "1"),
+    ]
+    for row in rows:
+        check_speeds(row)
+
+
+def test_unknown_model_is_named(tmp_path):
+    done = start([sys.executable, FOLDER / "models.py", "--models", "vmamba_nan", "--out", tmp_path / "models.csv"])
+    assert done.returncode == 1 and "--models vmamba_nan is not in timm's registry" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the suite for a GPU machine ------------------------------------------------------------------------------------
+
+BASH = shutil.which("bash")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_suite_stops_at_once_without_a_gpu(tmp_path):
+    done = start([BASH, FOLDER / "gpu_suite.sh", tmp_path / "out"], PYTHON=sys.executable)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: torch {torch.__version__} finds no GPU here; nothing was built or measured\n"
+    assert not (tmp_path / "out").exists()
+
+
+# Stands in for an interpreter on a machine with a GPU: answers what the suite asks, writes down how it is called.
+ACTOR = """#!/usr/bin/env bash
+echo "$TORCH_CUDA_ARCH_LIST|${SSM_OPS_BUILD:-}|$*" >>"$CALLS"
+case "$*" in
+*is_available*) echo 9.0 ;;
+*"-m pytest"*) echo "2 failed"; exit 1 ;;
+*models.py*--compile*) exit 124 ;;
+*.csv*) echo new >"${@: -1}" ;;
+esac
+"""
+
+
+def test_suite_goes_on_after_a_failure_and_names_it(tmp_path):
+    python, out, calls = tmp_path / "python", tmp_path / "out", tmp_path / "calls"
+    python.write_text(ACTOR)
+    python.chmod(0o755)
+    out.mkdir()
+    for name in ("operators.csv", "models-compiled.csv", "mine.txt"):
+        (out / name).write_text("old")
+    done = start([BASH, FOLDER / "gpu_suite.sh", out], PYTHON=str(python), CALLS=str(calls), TORCH_CUDA_ARCH_LIST="")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "FAILED: tests (status 1), models-compiled (out of time)"
+    assert (out / "log.txt").read_text() == done.stdout
+    files = {path.name: path.read_text() for path in out.iterdir()}
+    assert files["operators.csv"] == files["models-eager.csv"] == "new\n" and files["mine.txt"] == "old"
+    assert "models-compiled.csv" not in files and {"environment.txt", "log.txt"} <= set(files)
+    assert "commit: " in files["environment.txt"] and "nvcc: " in files["environment.txt"]
+    installs = [line for line in calls.read_text().splitlines() if "pip install" in line]
+    assert installs == [f"9.0|{kind}|-m pip install -e . --no-build-isolation --no-deps" for kind in ("cpu", "cuda")]
+
+
+def test_suite_says_what_the_build_lacks(tmp_path):
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(ACTOR.replace("case ", 'case "$*" in *"import setuptools, pip"*) exit 1 ;; esac\ncase ', 1))
+    python.chmod(0o755)
+    done = start([BASH, FOLDER / "gpu_suite.sh", out], PYTHON=str(python), CALLS=str(tmp_path / "calls"))
+    assert done.returncode == 1
+    assert "error: building needs pip and setuptools 77 or newer" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("FAILED: build (status 1), tests")
+
+
+def test_suite_fits_its_time():
+    parts = [
+        line.split() for line in (FOLDER / "gpu_suite.sh").read_text().splitlines() if line.startswith("    part ")
+    ]
+    assert [part[1] for part in parts] == ["build", "tests", "operators", "models-eager", "models-compiled"]
+    assert sum(int(part[2]) + 5 for part in parts) <= 9 * 60 - 5
