@@ -115,7 +115,7 @@ def _ss2d_scan(size, batch, states, impls, **kind) -> Iterator[Case]:
     full_dim, side = STAGES[size]
     for n_state in states:
         for dim in (full_dim, full_dim // 2):
-            rank = -(-dim // 32)
+            rank = full_dim // 32  # a sixteenth of the width of the stage, whatever the ratio
             x = torch.randn(batch, dim, side, side, device=kind["device"]).to(kind["dtype"])
             x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
             proj = _leaf(batch, side, side, K * (rank + 2 * n_state), **kind)

@@ -91,10 +91,18 @@ def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor
     call = _Call(x, proj, dt_weight, A, D, dt_bias, scans)
     states = torch.empty(-(-call.length // STATE_CHUNK["cpu"]) + 1, call.batch, 4, call.state, call.dim)
     out = torch.empty(call.shape)
-    # twice as many tasks as threads, as these are not always equally fast
-    parts = min(call.blocks, -(-2 * torch.get_num_threads() // max(call.batch, 1)))
+    parts = _forward_parts(call.batch, call.blocks, torch.get_num_threads())
     call.run(library().ss2d_scan_forward, parts, y=out, states=states)
     return _like(out.to(out_dtype), x), states[..., : x.shape[1]].contiguous()
+
+
+def _forward_parts(batch: int, blocks: int, threads: int) -> int:
+    """How many parts the channels are cut into: as few as keep all threads equally busy. The results do not tell."""
+
+    def longest(parts: int) -> int:
+        return -(-batch * parts // threads) * -(-blocks // parts)  # tasks of a thread, times blocks of a task
+
+    return min(range(1, min(blocks, 2 * threads) + 1), key=longest)
 
 
 def _backward_parts(batch: int, blocks: int) -> int:
