@@ -3,6 +3,7 @@
 * It holds a scalar as an array of one number and makes a loop bound of it by ``int(array)``, which numpy refuses since
   2.4 unless the array has no dimensions.
 * It cuts float32 off to bfloat16, where a GPU rounds to nearest.
+* It calls the function of a ``tl.associative_scan`` once for every two elements; here it gets whole slices.
 * It puts its own functions into ``triton.language`` again for every helper that a kernel calls, 40% of its time.
 """
 
@@ -39,6 +40,16 @@ def _convert_float_to_nearest(data, source, target, rounding_mode):
     return _convert_float(data, source, target, rounding_mode)
 
 
+def _scan_slices(self, inputs):
+    slices = [[self.to_tensor(row, x.dtype) for row in np.moveaxis(x.handle.data, self.axis, 0)] for x in inputs]
+    totals = [tuple(column[0] for column in slices)]
+    for following in zip(*(column[1:] for column in slices), strict=True):
+        totals.append(self.combine_fn.fn(*totals[-1], *following))
+    stacked = ([total[i].handle.data for total in totals] for i in range(len(inputs)))
+    return [self.to_tensor(np.stack(rows, self.axis), x.dtype) for rows, x in zip(stacked, inputs, strict=True)]
+
+
 interpreter._patch_lang = _patch_lang_once
 interpreter._patch_lang_tensor = _patch_lang_tensor_and_index
 interpreter._convert_float = _convert_float_to_nearest
+interpreter.ScanOps.generic_scan = _scan_slices

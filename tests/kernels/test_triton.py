@@ -12,6 +12,7 @@ import torch
 
 from ssm_ops import selective_scan
 from tests.kernels.common import scan_inputs, to_dtype
+from tests.kernels.gpu_compiler import compile_for_gpu, stack_bytes
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -44,34 +45,6 @@ def test_operators_under_the_interpreter():
 
 
 # ---- compiled for a GPU, without one -------------------------------------------------------------------------------
-
-
-def compile_for_gpu(
-    kernel, pointers: dict[str, str | None], constants: dict, num_warps: int, capability: int, **options
-):
-    """The kernel's cubin. `pointers`: dtype by name, None for an absent tensor; other arguments are int32."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = constants | {name: None for name, dtype in pointers.items() if dtype is None}
-    signature = {}
-    for parameter in kernel.params:
-        dtype = pointers.get(parameter.name)
-        signature[parameter.name] = "constexpr" if parameter.name in constants else f"*{dtype}" if dtype else "i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
-    source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": num_warps} | options
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
-
-
-def stack_bytes(cubin: bytes, folder: Path) -> int:
-    """Bytes a thread keeps in memory because it has not enough registers."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip(f"no {tool}")
-    (folder / "kernel.cubin").write_bytes(cubin)
-    usage = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
-    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
 
 
 @pytest.fixture

@@ -45,8 +45,8 @@ def ss2d_scan(
         dt_weight: (K, D, R), as A (K*D, N), D (K*D,) and dt_bias (K*D,) in float32 (float64 where x is).
         scans: "cross2d", "unidi" or "bidi", see `cross_scan`.
         out_dtype: of the result; None is that of x.
-        impl: "auto", "reference" or "cpu". "reference" is the composition of `cross_scan`, `selective_scan` and
-            `cross_merge`, which "auto" also takes where no fused implementation is available.
+        impl: "auto", "reference", "cpu" or "triton". "reference" is the composition of `cross_scan`, `selective_scan`
+            and `cross_merge`, which "auto" also takes where no fused implementation is available.
 
     Returns:
         (B, D, H, W), channels-last in memory where x is, else contiguous.

@@ -1,7 +1,7 @@
 """The registered operators ``ssm_ops::ss2d_scan_fwd`` and ``_bwd``: schemas and fakes. Mathematics: api.py.
 
 `states` is what the backward needs besides the inputs: the float32 state before every chunk of `STATE_CHUNK[impl]`
-pixels of a route, (S + 1, B, K, N, D) with S = ceil(H*W / chunk); the last entry is not written.
+pixels of a route, (S + 1, B, K, N, D) with S = ceil(H*W / chunk); the last entry is not read.
 Out and dx have the strides of x if it is dense. "reference" is a composition of other operators, without these two.
 """
 
@@ -11,9 +11,9 @@ import torch
 
 from .._library import SINGLE_AND_HALF, declare, register
 
-SS2D_SCAN = declare("ss2d_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), reference=None)
+SS2D_SCAN = declare("ss2d_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None)
 
-STATE_CHUNK = {"cpu": 64}
+STATE_CHUNK = {"cpu": 64, "triton": 64}
 """Pixels of a route between two saved states, by implementation."""
 
 

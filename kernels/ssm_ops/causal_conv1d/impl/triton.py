@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...selective_scan.impl.triton import LOG2E
+from ..._triton import LOG2E
 
 # ---- one tile -------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...selective_scan.impl.triton import LOG2E, step_size
+from ..._triton import LOG2E, step_size
 
 # ---- one tile -------------------------------------------------------------------------------------------------------
 

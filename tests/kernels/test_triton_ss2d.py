@@ -1,0 +1,98 @@
+"""The Triton kernels of ss2d_scan without a GPU: their numbers under the interpreter, whether they compile for GPUs."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from tests.kernels.gpu_compiler import compile_for_gpu, stack_bytes  # noqa: E402
+
+HERE = Path(__file__).parent
+SS2D = importlib.import_module("ssm_ops.ss2d_scan.impl.triton")
+KERNELS = {"forward": SS2D.ss2d_scan_fwd_kernel, "backward": SS2D.ss2d_scan_bwd_kernel}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+MAPS = {"x", "proj", "dout", "out", "dx"}
+FLOATS = {"dt_weight", "A", "D", "dt_bias", "sums", "states", "carried"}
+FLOATS |= {"dproj", "ddt_weight", "dA", "dD", "dbias"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_ss2d.py runs the same on the GPU")
+def test_operator_under_the_interpreter():
+    """The tests of every implementation, and triton_ss2d_cases.py, in a process where kernels run on the CPU."""
+    files = [str(HERE / name) for name in ("triton_ss2d_cases.py", "test_ss2d_scan.py")]
+    # the large map is 200 tiles, for minutes, of what a few show
+    chosen = "triton and not large_map"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.kernels.interpreter", "-k", chosen, *files],
+        cwd=HERE.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    summary = done.stdout.splitlines()[-1] if done.stdout else done.stderr
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert re.search(r"(\d+) passed", summary), summary
+    assert int(re.search(r"(\d+) passed", summary)[1]) >= 35 and "skipped" not in summary, summary
+
+
+# ---- compiled for a GPU, without one -------------------------------------------------------------------------------
+
+
+def plan(batch, dim, height, width, direction, n_state, rank, dtype):
+    """The constants of a kernel as a GPU gets them."""
+
+    class OnGpu:
+        shape, is_cuda = (batch, dim, height, width), True
+
+    OnGpu.dtype = dtype
+    return SS2D._plan(OnGpu, rank, n_state, direction)[2]
+
+
+# dtype, state, rank, channels, capability
+COMPILED = [
+    ("bf16", 1, 6, 96, 90),
+    ("fp32", 1, 6, 16, 80),
+    ("fp16", 16, 48, 768, 90),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled under TRITON_INTERPRET=1")
+@pytest.mark.parametrize("direction", KERNELS)
+@pytest.mark.parametrize("dtype, n_state, rank, dim, capability", COMPILED)
+def test_kernels_compile(tmp_path, monkeypatch, direction, dtype, n_state, rank, dim, capability):
+    if "nvidia" not in triton.backends.backends:
+        pytest.skip("this triton has no compiler for NVIDIA GPUs")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    constants = plan(128, dim, 56, 56, direction, n_state, rank, torch_dtype)
+    pointers = dict.fromkeys(MAPS, dtype) | dict.fromkeys(FLOATS, "fp32") | {"pixels": "i32"}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
+    cubin = compile_for_gpu(KERNELS[direction], pointers, constants, capability=capability, **options)
+    if n_state == 1:
+        assert stack_bytes(cubin, tmp_path) <= 64
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled under TRITON_INTERPRET=1")
+def test_sizes_do_not_make_new_versions_of_a_kernel():
+    """A new version is made by a dtype, by a constant, or by an integer that is specialised on: here by none."""
+    for kernel in (*KERNELS.values(), SS2D.pixels_kernel):
+        integers = [p for p in kernel.params if not p.is_constexpr and p.name not in MAPS | FLOATS | {"pixels"}]
+        assert len(integers) == 5 and all(p.do_not_specialize for p in integers)
+    for direction in KERNELS:
+        made = {
+            tuple(plan(b, dim, h, w, direction, 1, 12, torch.bfloat16).items())
+            for b, dim in ((1, 96), (3, 200), (128, 768))
+            for h in (1, 7, 56, 200)
+            for w in (7, 14, 336)
+        }
+        assert len(made) == 1
