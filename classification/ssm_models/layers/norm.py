@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
@@ -64,3 +65,23 @@ def to_channel_last() -> Permute:
 def to_channel_first() -> Permute:
     """(B, H, W, C) -> (B, C, H, W)"""
     return Permute(0, 3, 1, 2)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension: Zhang & Sennrich 2019, computed in float32 (float64) at least.
+
+    The result has the dtype of the weight, whatever the precision of the residual stream it reads.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x.to(self.weight.dtype) * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"

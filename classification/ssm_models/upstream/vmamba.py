@@ -1,4 +1,4 @@
-"""Models from the descriptions of the original repositories: keyword arguments, yaml sections, published names."""
+"""VMamba from the descriptions of its original repository: keyword arguments, yaml sections, published names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch.nn as nn
 
-from .dense import DenseVSSM
-from .layers.forward_type import parse_forward_type
-from .vssm import VARIANTS, VSSM
+from ..dense import DenseVSSM
+from ..layers.forward_type import parse_forward_type
+from ..vssm import VARIANTS, VSSM
 
 # Published names besides those of the registry: yaml files, the NAMEs inside them, and what people call them.
-_VMAMBA_NAMES = {
+_NAMES = {
     "vmambav0_tiny_224": "vanilla_vmamba_tiny",
     "vmambav0_small_224": "vanilla_vmamba_small",
     "vmambav0_base_224": "vanilla_vmamba_base",
@@ -38,7 +38,7 @@ _VMAMBA_NAMES = {
     "vssm1_base_0229s": "vmamba_base_s1l20",
 }
 
-_VMAMBA_YAML_KEYS = {
+_YAML_KEYS = {
     "PATCH_SIZE": "patch_size",
     "IN_CHANS": "in_chans",
     "DEPTHS": "depths",
@@ -63,37 +63,34 @@ _VMAMBA_YAML_KEYS = {
     "GMLP": "gmlp",
 }
 # Upstream's yaml defaults where they differ from the constructor's.
-_VMAMBA_YAML_DEFAULTS = {"patchembed_version": "v2", "downsample_version": "v2", "forward_type": "v2"}
-_VMAMBA_DEAD_YAML_KEYS = ("SSM_RANK_RATIO",)
+_YAML_DEFAULTS = {"patchembed_version": "v2", "downsample_version": "v2", "forward_type": "v2"}
+_DEAD_YAML_KEYS = ("SSM_RANK_RATIO",)
 _MODEL_YAML_KEYS = {"NUM_CLASSES": "num_classes", "DROP_PATH_RATE": "drop_path_rate"}
 _MODEL_DEAD_YAML_KEYS = ("TYPE", "NAME", "PRETRAINED", "RESUME", "DROP_RATE", "LABEL_SMOOTHING", "MMCKPT")
 
 # Arguments that do nothing upstream.
-_VMAMBA_DEAD = ("cls", "ssm_rank_ratio", "pretrained")
+_DEAD = ("cls", "ssm_rank_ratio", "pretrained")
 # Former names of today's variants, by base.
 _FORMER_BASES = {"v0_seq": "v0seq", "v1": "v2", "v31d": "v051d", "v32d": "v052d", "v32dc": "v052dc"}
 
 
-def from_upstream(family: str, config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
-    """Build a model from upstream's own description.
+def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
+    """Build a VMamba from upstream's own description.
 
     Args:
-        family: "vmamba".
         config: keyword arguments of upstream's class, the MODEL section of an upstream yaml, or a published model or
             yaml name. Old names are translated, arguments without effect upstream are dropped.
         backbone: the dense form, which gives a tuple of NCHW maps.
 
     Raises:
-        ValueError: an unknown family, name or argument.
+        ValueError: an unknown name or argument.
     """
-    if family != "vmamba":
-        raise ValueError(f"family={family!r} is not one of vmamba")
     if isinstance(config, str):
         arguments = _published(config)
     elif "VSSM" in config:
         arguments = _from_yaml(config)
     else:
-        arguments = {name: value for name, value in config.items() if name not in _VMAMBA_DEAD}
+        arguments = {name: value for name, value in config.items() if name not in _DEAD}
     arguments["forward_type"] = _present_forward_type(arguments.get("forward_type", "v2"))
     if parse_forward_type(arguments["forward_type"]).fixed:
         # upstream's v0 ignores these
@@ -102,25 +99,25 @@ def from_upstream(family: str, config: str | Mapping[str, Any], backbone: bool =
     try:
         return DenseVSSM(**arguments) if backbone else VSSM(**arguments)
     except TypeError as error:
-        raise ValueError(f"{family}: {error}") from error
+        raise ValueError(f"vmamba: {error}") from error
 
 
 def _published(description: str) -> dict[str, Any]:
     """Arguments of a published name; also of a yaml's path, and of "Backbone_VSSM of <name>, ..."."""
     name = re.match(r"(?:\w+ of )?([^,]+)", description).group(1).strip()
     name = PurePosixPath(name).name.removesuffix(".yaml")
-    variant = _VMAMBA_NAMES.get(name, name)
+    variant = _NAMES.get(name, name)
     if variant not in VARIANTS:
-        legal = ", ".join([*VARIANTS, *_VMAMBA_NAMES])
+        legal = ", ".join([*VARIANTS, *_NAMES])
         raise ValueError(f"{description!r} is not a published VMamba; known: {legal}")
     return dict(VARIANTS[variant])
 
 
 def _from_yaml(model: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = dict(_VMAMBA_YAML_DEFAULTS)
+    arguments = dict(_YAML_DEFAULTS)
     sections = (
         (model, _MODEL_YAML_KEYS, (*_MODEL_DEAD_YAML_KEYS, "VSSM")),
-        (model["VSSM"], _VMAMBA_YAML_KEYS, _VMAMBA_DEAD_YAML_KEYS),
+        (model["VSSM"], _YAML_KEYS, _DEAD_YAML_KEYS),
     )
     for section, known, dead in sections:
         for key, value in section.items():

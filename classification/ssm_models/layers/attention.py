@@ -1,0 +1,30 @@
+"""Multi-head self-attention over the tokens of a map."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v over all H*W tokens, (B, H, W, C) -> the same; d = C / num_heads.
+
+    Vaswani et al. 2017, section 3.2 (https://arxiv.org/abs/1706.03762), through PyTorch's fused kernels. Queries, keys
+    and values have no bias, the output has one.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide the {dim} channels of the attention")
+        self.num_heads = num_heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        qkv = self.to_qkv(x).flatten(1, 2).unflatten(2, (3, self.num_heads, -1))  # (B, L, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, d)
+        return self.to_out(y.transpose(1, 2).flatten(2).unflatten(1, (height, width)))

@@ -1,0 +1,53 @@
+"""Convolutions of VSSD: depthwise ones on NHWC maps, and conv -> BatchNorm -> ReLU, fusable for inference."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+class DepthwiseConv(nn.Conv2d):
+    """3x3 depthwise convolution with bias, (B, H, W, C) -> the same.
+
+    The NCHW view of a contiguous NHWC map is what PyTorch calls channels_last: nothing is copied on the way in or out.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ConvNormAct(nn.Module):
+    """conv -> BatchNorm -> ReLU on (B, C, H, W); either of the last two may be absent.
+
+    `timm.utils.reparameterize_model` calls `fuse`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: bool = True,
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias)
+        self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
+        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    def fuse(self) -> nn.Module:
+        """The same function with the running statistics folded into the convolution; for a module in eval mode."""
+        if isinstance(self.norm, nn.Identity):
+            return self
+        return nn.Sequential(fuse_conv_bn_eval(self.conv, self.norm), self.act)

@@ -1,0 +1,79 @@
+"""From image to tokens and from stage to stage in VSSD, by convolutions. Module names are checkpoint keys.
+
+Shi et al. 2024, "VSSD", section 3.3 (https://arxiv.org/abs/2407.18559); "simple" are the plainer forms of its ablation.
+
+Shapes: B batch, H W map. Images are (B, 3, H, W), tokens (B, H, W, C). Convolutions see tokens as channels_last
+memory and give them back so: no step copies for the layout. Odd sizes round up, but in `SimpleStem`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .conv import ConvNormAct
+
+
+class ConvStem(nn.Module):
+    """(B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim), by five convolutions with BatchNorm."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        half = dim // 2
+        self.conv1 = ConvNormAct(in_chans, half, 3, stride=2, padding=1)
+        self.conv2 = nn.Sequential(
+            ConvNormAct(half, half, 3, padding=1), ConvNormAct(half, half, 3, padding=1, act=False)
+        )
+        self.conv3 = nn.Sequential(
+            ConvNormAct(half, 4 * dim, 3, stride=2, padding=1), ConvNormAct(4 * dim, dim, 1, act=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = x + self.conv2(x)
+        return self.conv3(x).permute(0, 2, 3, 1)
+
+
+class SimpleStem(nn.Module):
+    """(B, in_chans, H, W) -> (B, H//4, W//4, dim): 4x4 patches, BatchNorm, ReLU, LayerNorm."""
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.conv1 = ConvNormAct(in_chans, dim, 4, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class ConvDownsample(nn.Module):
+    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C): widen to 8C, depthwise 3x3 of stride 2, narrow to 2C."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        wide = 8 * dim
+        self.conv = nn.Sequential(
+            ConvNormAct(dim, wide, 1, bias=True, norm=False),
+            ConvNormAct(wide, wide, 3, stride=2, padding=1, groups=wide, bias=True, norm=False),
+            ConvNormAct(wide, 2 * dim, 1, bias=True, act=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class SimpleDownsample(nn.Module):
+    """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C): 3x3 convolution of stride 2, ReLU, LayerNorm.
+
+    The ReLU before the norm is the published code's; weights trained with it need it.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Sequential(ConvNormAct(dim, 2 * dim, 3, stride=2, padding=1, bias=True, norm=False))
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

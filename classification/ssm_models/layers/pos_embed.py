@@ -1,0 +1,55 @@
+"""Learned position embeddings of token sequences with class tokens, brought to another grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def class_token_rows(mode: str, patches: int) -> tuple[int, ...]:
+    """Places of the class tokens in a sequence of `patches` patches and them: "none", "head", "middle", "tail" or
+    "double"."""
+    return {
+        "none": (),
+        "head": (0,),
+        "middle": (patches // 2,),
+        "tail": (patches,),
+        "double": (0, patches + 1),
+    }[mode]
+
+
+def resize_pos_embed(
+    pos_embed: Tensor,
+    old_grid: Sequence[int],
+    new_grid: Sequence[int],
+    old_rows: Sequence[int],
+    new_rows: Sequence[int],
+) -> Tensor:
+    """Bicubic interpolation of the rows of patches; rows of class tokens stay as they are and go to their new places.
+
+    Args:
+        pos_embed: (1, h*w + tokens, C).
+        old_grid, new_grid: (h, w) of the patches.
+        old_rows, new_rows: places of the class tokens, in order. Without new ones those of old ones are left out.
+
+    Returns:
+        (1, new h * new w + number of new rows, C).
+    """
+    patch_rows = [i for i in range(pos_embed.shape[1]) if i not in old_rows]
+    if len(patch_rows) != old_grid[0] * old_grid[1]:
+        raise ValueError(
+            f"pos_embed of {pos_embed.shape[1]} rows is not one of a {old_grid[0]}x{old_grid[1]} grid with "
+            f"{len(old_rows)} class tokens"
+        )
+    patches = pos_embed[:, patch_rows]
+    if tuple(old_grid) != tuple(new_grid):
+        grid = patches.transpose(1, 2).unflatten(2, tuple(old_grid))
+        grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
+        grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False)
+        patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+    for old, new in zip(old_rows, new_rows, strict=False):
+        patches = torch.cat([patches[:, :new], pos_embed[:, old : old + 1], patches[:, new:]], 1)
+    return patches

@@ -1,0 +1,63 @@
+"""Vim from the descriptions of its original repository: keyword arguments and published names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch.nn as nn
+
+from ..dense import DenseVisionMamba
+from ..vim import VARIANTS, VisionMamba
+
+_SUFFIX = "_bimambav2_final_pool_mean_abs_pos_embed_with_mid"
+# Published names besides those of the registry: entry points of the original code, repositories and files of weights.
+_NAMES = {
+    f"vim_tiny_patch16_224{_SUFFIX}clstok_div2": "vim_tiny_patch16_224",
+    f"vim_tiny_patch16_stride8_224{_SUFFIX}clstok_div2": "vim_tiny_patch16_stride8_224",
+    f"vim_small_patch16_224{_SUFFIX}clstok_div2": "vim_small_patch16_224",
+    f"vim_small_patch16_stride8_224{_SUFFIX}clstok_div2": "vim_small_patch16_stride8_224",
+    f"vim_base_patch16_224{_SUFFIX}dle_cls_token_div2": "vim_base_patch16_224",
+    "Vim-tiny-midclstok": "vim_tiny_patch16_224",
+    "Vim-small-midclstok": "vim_small_patch16_224",
+    "Vim-base-midclstok": "vim_base_patch16_224",
+    "vim_t_midclstok_76p1acc": "vim_tiny_patch16_224",
+}
+
+# Arguments that do nothing upstream, or choose between equal computations, or say how weights are drawn.
+_DEAD = ("fused_add_norm", "ft_seq_len", "initializer_cfg", "device", "dtype", "pretrained", "pretrained_cfg", "cls")
+# Misspelled in the published base model, where it does nothing: the default says the same.
+_DEAD += ("if_devide_out",)
+_RENAMED = {"channels": "in_chans"}
+
+
+def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
+    """Build a Vim from upstream's own description.
+
+    Args:
+        config: keyword arguments of upstream's VisionMamba (VisionMambaSeg with `backbone`), or a published name.
+        backbone: the dense form, which gives a tuple of NCHW maps.
+
+    Raises:
+        ValueError: an unknown name or argument.
+    """
+    if isinstance(config, str):
+        arguments = _published(config)
+    else:
+        arguments = {_RENAMED.get(name, name): value for name, value in config.items() if name not in _DEAD}
+    if backbone:
+        arguments.pop("if_cls_token", None)  # upstream removes the token again
+    try:
+        return DenseVisionMamba(**arguments) if backbone else VisionMamba(**arguments)
+    except TypeError as error:
+        raise ValueError(f"vim: {error}") from error
+
+
+def _published(description: str) -> dict[str, Any]:
+    """Arguments of a published name, also of a file's path."""
+    name = PurePosixPath(description).name.removesuffix(".pth")
+    variant = _NAMES.get(name, name)
+    if variant not in VARIANTS:
+        raise ValueError(f"{description!r} is not a published Vim; known: {', '.join([*VARIANTS, *_NAMES])}")
+    return dict(VARIANTS[variant])

@@ -1,0 +1,578 @@
+"""Vision Mamba (Vim): a plain vision backbone, a sequence of patches through bidirectional Mamba blocks.
+
+Zhu et al. 2024, "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model"
+(https://arxiv.org/abs/2401.09417); original code, Apache 2.0: https://github.com/hustvl/Vim. State-dict keys are those
+of the original code: its checkpoints load as they are.
+
+Shapes: B batch, C channels, L = patches + class tokens; h w grid of the patches, row by row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .layers.bimamba import BiMamba
+from .layers.norm import RMSNorm
+from .layers.pos_embed import class_token_rows, resize_pos_embed
+from .layers.rope import GridRope
+
+__all__ = ["VisionMamba"]
+
+POOL_TYPES = ("none", "mean", "max", "all")
+CLS_MODES = ("middle", "head", "tail", "double", "random")
+# timm's names for the same
+_TIMM_POOLS = {"": "all", "avg": "mean"}
+
+
+class PatchEmbed(nn.Module):
+    """Patches of an image as tokens; they overlap where the stride is smaller than a patch."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int):
+        super().__init__()
+        self.patch_size, self.stride = patch_size, stride
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, h*w, C)"""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class VimBlock(nn.Module):
+    """residual + drop_path(hidden), then hidden = mixer(norm(residual)): the addition comes before the norm.
+
+    drop_path therefore drops the hidden state of the *previous* block.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, norm: nn.Module, drop_path: float, residual_in_fp32: bool):
+        super().__init__()
+        self.mixer = mixer
+        self.norm = norm
+        self.drop_path = DropPath(drop_path)
+        self.residual_in_fp32 = residual_in_fp32
+        self.use_checkpoint = False
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, L, C) and the residual stream (B, L, C), None before the first block -> both again."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, hidden, residual, use_reentrant=False)
+        return self._forward(hidden, residual)
+
+    def _forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = hidden if residual is None else residual + self.drop_path(hidden)
+        if self.residual_in_fp32:
+            residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
+        # LayerNorm wants its input in the dtype of its weights
+        normed = self.norm(residual.to(self.norm.weight.dtype) if isinstance(self.norm, nn.LayerNorm) else residual)
+        return self.mixer(normed), residual
+
+
+class VisionMamba(nn.Module):
+    """Vim.
+
+    Args:
+        img_size: of the images that the position embedding is learned for, a number or (H, W). Others work too.
+        patch_size, stride: of the patches, in pixels.
+        depth: blocks.
+        embed_dim: C.
+        d_state: of the mixers, see `BiMamba`, as `bimamba_type`, `if_divide_out`, `init_layer_scale`.
+        in_chans, num_classes: as in timm; 0 classes for features.
+        ssm_cfg: further arguments of the mixers.
+        drop_rate: dropout after the position embedding.
+        drop_path_rate: of the last block, growing linearly from 0.
+        norm_epsilon, rms_norm: of all norms; RMSNorm or LayerNorm.
+        residual_in_fp32: keep the residual stream in float32 at least.
+        pt_hw_seq_len: side of the grid that rotary positions are counted on.
+        if_bidirectional: run blocks in pairs, the second one over the reversed sequence, and add the two.
+        final_pool_type: without a class token: "none" takes the last token, "mean" and "max" all tokens (max over their
+            logits), "all" gives logits of every token, (B, L, classes).
+        if_abs_pos_embed: learned position embedding.
+        if_rope, if_rope_residual: rotate the hidden state, and also the residual stream, before every block.
+        flip_img_sequences_ratio: probability of reversing the sequence (while training; from 1 on always).
+        if_bimamba: the same as bimamba_type="v1".
+        if_cls_token, use_middle_cls_token, use_double_cls_token: whether there are class tokens and where: double (head
+            and tail, averaged) before middle before head.
+        cls_mode: instead of the two `use_` flags: "middle", "head", "tail", "double" or "random" (anywhere while
+            training, in the middle else).
+        use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
+        scan_impl: implementation of the operators, see `ssm_ops`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        stride: int = 16,
+        depth: int = 24,
+        embed_dim: int = 192,
+        d_state: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        ssm_cfg: Mapping[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        norm_epsilon: float = 1e-5,
+        rms_norm: bool = True,
+        residual_in_fp32: bool = True,
+        pt_hw_seq_len: int = 14,
+        if_bidirectional: bool = False,
+        final_pool_type: str = "none",
+        if_abs_pos_embed: bool = True,
+        if_rope: bool = False,
+        if_rope_residual: bool = False,
+        flip_img_sequences_ratio: float = -1.0,
+        if_bimamba: bool = False,
+        bimamba_type: str = "v2",
+        if_cls_token: bool = True,
+        if_divide_out: bool = True,
+        init_layer_scale: float | None = None,
+        use_double_cls_token: bool = False,
+        use_middle_cls_token: bool = True,
+        cls_mode: str | None = None,
+        use_checkpoint: bool = False,
+        scan_impl: str = "auto",
+    ):
+        super().__init__()
+        if if_bidirectional and depth % 2:
+            raise ValueError(f"depth={depth} must be even with if_bidirectional, which runs blocks in pairs")
+        if cls_mode is None:
+            cls_mode = "double" if use_double_cls_token else "middle" if use_middle_cls_token else "head"
+        if cls_mode not in CLS_MODES:
+            raise ValueError(f"cls_mode={cls_mode!r} is not one of {', '.join(CLS_MODES)}")
+        # of files with one class token, which a backbone drops but must find in their position embedding
+        self.published_mode = cls_mode if cls_mode in ("head", "tail") else "middle"
+        self.cls_mode = cls_mode if if_cls_token else "none"
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.if_bidirectional = if_bidirectional
+        self.flip_ratio = flip_img_sequences_ratio
+        self.rope_residual = if_rope_residual
+        self.set_pool("token" if if_cls_token else final_pool_type)
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride)
+        self.grid = self._grid_of(*to_2tuple(img_size))
+        patches = math.prod(self.grid)
+        rows = class_token_rows(self._resting_mode(), patches)
+        names = ("cls_token_head", "cls_token_tail") if self.cls_mode == "double" else ("cls_token",) * len(rows)
+        for name in names:
+            setattr(self, name, nn.Parameter(torch.zeros(1, 1, embed_dim)))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + len(rows), embed_dim)) if if_abs_pos_embed else None
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.rope = GridRope(embed_dim, self.grid, pt_hw_seq_len) if if_rope else None
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+
+        def norm() -> nn.Module:
+            return RMSNorm(embed_dim, norm_epsilon) if rms_norm else nn.LayerNorm(embed_dim, norm_epsilon)
+
+        # a block drops what the block before it made: the published schedule, shifted by one
+        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
+        self.layers = nn.ModuleList(
+            VimBlock(
+                embed_dim,
+                BiMamba(
+                    embed_dim,
+                    d_state=d_state,
+                    bimamba_type="v1" if if_bimamba else bimamba_type,
+                    if_divide_out=if_divide_out,
+                    init_layer_scale=init_layer_scale,
+                    impl=scan_impl,
+                    **(ssm_cfg or {}),
+                ),
+                norm(),
+                rate,
+                residual_in_fp32,
+            )
+            for rate in rates[:depth]
+        )
+        self.drop_path = DropPath(rates[depth])
+        self.norm_f = norm()
+        self.feature_info = [{"num_chs": embed_dim, "reduction": stride, "module": f"layers.{i}"} for i in range(depth)]
+        self._init_weights()
+        self.set_grad_checkpointing(use_checkpoint)
+        self.register_load_state_dict_pre_hook(_convert_incoming)
+
+    def _init_weights(self) -> None:
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for name, parameter in self.named_parameters():
+            if name == "pos_embed" or name.startswith("cls_token"):
+                trunc_normal_(parameter, std=0.02)
+        _init_head(self.head)
+        for block in self.layers:
+            with torch.no_grad():
+                block.mixer.out_proj.weight /= math.sqrt(len(self.layers))  # GPT-2's, for one addition per block
+
+    # ---- class tokens ----
+
+    def _resting_mode(self) -> str:
+        """Where the class tokens are outside of training, and in everything that is stored."""
+        return "middle" if self.cls_mode == "random" else self.cls_mode
+
+    def class_tokens(self) -> list[Tensor]:
+        """(1, 1, C) each, in the order of the sequence."""
+        names = {"none": (), "double": ("cls_token_head", "cls_token_tail")}.get(self.cls_mode, ("cls_token",))
+        return [getattr(self, name) for name in names]
+
+    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+        grid = self.patch_embed.grid(height, width)
+        if min(grid) < 1:
+            patch = self.patch_embed.patch_size
+            raise ValueError(f"an image of {height}x{width} pixels is smaller than a patch of {patch}x{patch}")
+        return grid
+
+    # ---- forward ----
+
+    def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """(B, in_chans, H, W) -> tokens (B, L, C), their order (L) or None for the resting one, grid of the patches."""
+        grid = self._grid_of(*x.shape[2:])
+        x = self.patch_embed(x)
+        rows = class_token_rows(self._resting_mode(), x.shape[1])
+        for row, token in zip(rows, self.class_tokens(), strict=True):
+            x = torch.cat([x[:, :row], token.expand(x.shape[0], -1, -1).to(x.dtype), x[:, row:]], 1)
+        order = None
+        if self.cls_mode == "random" and self.training:
+            order = _anywhere(x.shape[1], x.device)
+            x = x[:, order]
+        if self.pos_embed is not None:
+            pos_embed = self.pos_embed
+            if grid != self.grid:
+                old_rows = class_token_rows(self._resting_mode(), math.prod(self.grid))
+                pos_embed = resize_pos_embed(pos_embed, self.grid, grid, old_rows, rows)
+            x = x + pos_embed
+        x = self.pos_drop(x)
+        if self.flip_ratio > 0 and (self.training or self.flip_ratio >= 1):
+            straight = torch.arange(x.shape[1], device=x.device) if order is None else order
+            flip = torch.rand(1, device=x.device) < self.flip_ratio
+            order = torch.where(flip, straight.flip(0), straight)
+            x = torch.where(flip, x.flip(1), x)
+        return x, order, grid
+
+    def forward_blocks(
+        self,
+        x: Tensor,
+        order: Tensor | None,
+        grid: tuple[int, int],
+        wanted: Sequence[int] = (),
+        last: int | None = None,
+    ) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """The blocks up to number `last`.
+
+        Returns:
+            hidden state and residual stream after them, whose sum is the result, and those pairs after the blocks
+            `wanted`; all (B, L, C) and in the resting order.
+        """
+        step = 2 if self.if_bidirectional else 1
+        hidden, residual, taps = x, None, []
+        for i in range(0, len(self.layers) if last is None else last + 1, step):
+            if self.rope is not None:
+                hidden = self._rotate(hidden, order, grid)
+                if self.rope_residual and residual is not None:
+                    residual = self._rotate(residual, order, grid)
+            before = (hidden, residual)
+            hidden, residual = self.layers[i](*before)
+            if self.if_bidirectional:
+                back = self.layers[i + 1](*(None if t is None else t.flip(1) for t in before))
+                hidden, residual = hidden + back[0].flip(1), residual + back[1].flip(1)
+            taps += [(_at_rest(hidden, order), _at_rest(residual, order)) for j in range(i, i + step) if j in wanted]
+        return _at_rest(hidden, order), _at_rest(residual, order), taps
+
+    def _rotate(self, x: Tensor, order: Tensor | None, grid: tuple[int, int]) -> Tensor:
+        """Rotary positions of the patches, given in any order.
+
+        With a class token in the middle the published models leave the first token out instead of the class token, and
+        with it rotate patches of the first half by the place of their neighbour.
+        """
+        x = _at_rest(x, order)
+        head = 1 if self.cls_mode in ("head", "middle", "random", "double") else 0
+        tail = 1 if self.cls_mode in ("tail", "double") else 0
+        end = x.shape[1] - tail
+        x = torch.cat([x[:, :head], self.rope(x[:, head:end], grid), x[:, end:]], 1)
+        return x if order is None else x[:, order]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> normed tokens (B, L, C), class tokens included."""
+        hidden, residual, _ = self.forward_blocks(*self.forward_stem(x))
+        return self._final_norm(residual + self.drop_path(hidden))
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        return self.norm_f(x.to(self.norm_f.weight.dtype) if isinstance(self.norm_f, nn.LayerNorm) else x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normed tokens (B, L, C) -> logits (B, classes); of every token (B, L, classes) with pooling "all".
+
+        With `pre_logits` what the linear layer would see: (B, C), or (B, L, C) with pooling "all" and "max".
+        """
+        if self.pool_type == "token":
+            rows = class_token_rows(self._resting_mode(), x.shape[1] - len(self.class_tokens()))
+            x = sum(x[:, row] for row in rows) / len(rows)
+        elif self.pool_type == "none":
+            x = x[:, -1]
+        elif self.pool_type == "mean":
+            x = x.mean(1)
+        if pre_logits:
+            return x
+        x = self.head(x)
+        return x.amax(1) if self.pool_type == "max" else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W), any H and W from `patch_size` on -> as `forward_head`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """The residual stream after blocks; with `if_bidirectional` after their pair.
+
+        Args:
+            indices: the last n blocks, the given ones, or all.
+            return_prefix_tokens: beside every map also its class tokens, (B, number, C).
+            norm: the final norm on every map.
+            stop_early: do not run the blocks after the last wanted one.
+            output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h*w, C), without the class tokens in both.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            A list of contiguous maps, or (final features as `forward_features`, list).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NLC")
+        wanted, last = feature_take_indices(len(self.layers), indices)
+        x, order, grid = self.forward_stem(x)
+        hidden, residual, taps = self.forward_blocks(x, order, grid, wanted, last if stop_early else None)
+        intermediates = []
+        for pair in taps:
+            tokens = self._final_norm(sum(pair)) if norm else sum(pair)
+            patches, prefix = self._without_class_tokens(tokens)
+            if output_fmt == "NCHW":
+                patches = patches.transpose(1, 2).unflatten(2, grid)
+            patches = patches.contiguous()
+            intermediates.append((patches, prefix) if return_prefix_tokens else patches)
+        if intermediates_only:
+            return intermediates
+        return self._final_norm(residual + self.drop_path(hidden)), intermediates
+
+    def _without_class_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) -> (B, h*w, C) and (B, class tokens, C)"""
+        rows = class_token_rows(self._resting_mode(), x.shape[1] - len(self.class_tokens()))
+        edges = [-1, *rows, x.shape[1]]
+        patches = torch.cat([x[:, a + 1 : b] for a, b in zip(edges[:-1], edges[1:], strict=True)], 1)
+        return patches, torch.cat([x[:, :0], *(x[:, row : row + 1] for row in rows)], 1)
+
+    # ---- what timm expects of a model ----
+
+    def set_pool(self, pool_type: str) -> None:
+        """How tokens become features: "token" (the class tokens), one of `POOL_TYPES`, or timm's "avg" and ""."""
+        pool_type = _TIMM_POOLS.get(pool_type, pool_type)
+        legal = POOL_TYPES if self.cls_mode == "none" else ("token", *POOL_TYPES)
+        if pool_type not in legal:
+            raise ValueError(f"final_pool_type={pool_type!r} is not one of {', '.join(legal)}")
+        self.pool_type = pool_type
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.set_pool(global_pool)
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        _init_head(self.head)
+        self.head.to(self.patch_embed.proj.weight.device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for block in self.layers:
+            block.use_checkpoint = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for layer-wise learning rates, from the stem to the head."""
+        with_previous = (99999,)  # timm's sign for "in the group of what comes before"
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", with_previous)],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would push to a meaningless value (1-D ones are known anyway)."""
+        leaves = ("A_log", "A_b_log", "D", "D_b", "pos_embed", "cls_token", "cls_token_head", "cls_token_tail")
+        names = {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
+        return names | {n for n, _ in self.named_parameters() if n.endswith(("dt_proj.bias", "dt_proj_b.bias"))}
+
+    def convert_state_dict(self, state_dict: Mapping[str, Tensor], legacy_pos_embed: bool = False) -> dict[str, Tensor]:
+        """Published entries brought to this model, see `checkpoint_filter_fn`."""
+        return checkpoint_filter_fn(state_dict, self, legacy_pos_embed)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps of the blocks `indices` do not need; returns the indices as non-negative numbers."""
+        wanted, last = feature_take_indices(len(self.layers), indices)
+        last += self.if_bidirectional and last % 2 == 0  # pairs stay together
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return wanted
+
+
+def _init_head(head: nn.Module) -> None:
+    if isinstance(head, nn.Linear):
+        trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+
+
+def _anywhere(length: int, device: torch.device) -> Tensor:
+    """Where each of `length` places takes its token from when the class token goes from the middle to anywhere."""
+    place, at = torch.arange(length, device=device), torch.randint(length, (1,), device=device)
+    middle = (length - 1) // 2
+    patch = place - (place > at).long()
+    return torch.where(place == at, middle, patch + (patch >= middle).long())
+
+
+def _at_rest(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x[:, order.argsort()]
+
+
+# ---- checkpoints ----
+
+
+def checkpoint_filter_fn(
+    state_dict: Mapping[str, Tensor], model: VisionMamba, legacy_pos_embed: bool = False
+) -> dict[str, Tensor]:
+    """Bring a published state dict to the grid of `model`; one in this form stays as it is.
+
+    The position embedding is resized, rows of class tokens apart; tables of rotary positions are the model's own.
+
+    Args:
+        legacy_pos_embed: resize as the original code did: the first row stays, whatever it belongs to, and the others,
+            the middle class token's included, count as the grid. Published stride-8 models were trained from that.
+    """
+    own = model.state_dict()
+    converted = dict(state_dict)
+    for name in ("rope.freqs_cos", "rope.freqs_sin"):
+        if name in converted and name in own and converted[name].shape != own[name].shape:
+            converted[name] = own[name]
+    pos_embed = converted.get("pos_embed")
+    if pos_embed is None or "pos_embed" not in own:
+        return converted
+    tokens = 2 if "cls_token_head" in converted else 1 if "cls_token" in converted else 0
+    if pos_embed.shape == own["pos_embed"].shape and tokens == len(model.class_tokens()):
+        return converted
+    patches, wanted = pos_embed.shape[1] - tokens, math.prod(model.grid)
+    side = math.isqrt(patches)
+    if patches != wanted and side * side != patches:
+        raise ValueError(f"pos_embed has {patches} rows of patches, neither {wanted} nor those of a square image")
+    old_grid = model.grid if patches == wanted else (side, side)
+    if legacy_pos_embed:
+        old_rows, new_rows = range(tokens), range(len(model.class_tokens()))
+    else:
+        old_rows = class_token_rows({0: "none", 1: model.published_mode, 2: "double"}[tokens], patches)
+        new_rows = class_token_rows(model._resting_mode(), wanted)
+    converted["pos_embed"] = resize_pos_embed(pos_embed, old_grid, model.grid, tuple(old_rows), tuple(new_rows))
+    return converted
+
+
+def _convert_incoming(model: VisionMamba, state_dict: dict, prefix: str, *_) -> None:
+    """Hook of `load_state_dict`: convert this model's entries in place, also as a part ("backbone.") of another."""
+    mine = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+    state_dict.update({prefix + name: value for name, value in model.convert_state_dict(mine).items()})
+
+
+# ---- variants ----
+
+VARIANTS = {
+    "vim_tiny_patch16_224": {"embed_dim": 192},
+    "vim_tiny_patch16_stride8_224": {"embed_dim": 192, "stride": 8},
+    "vim_small_patch16_224": {"embed_dim": 384},
+    "vim_small_patch16_stride8_224": {"embed_dim": 384, "stride": 8},
+    "vim_base_patch16_224": {"embed_dim": 768},
+    "vim_nano": {"img_size": 32, "patch_size": 4, "stride": 4, "depth": 6, "embed_dim": 64, "drop_path_rate": 0.05},
+}
+"""Arguments of the published models and of one for small images, by registry name."""
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2401.09417",
+        "origin_url": "https://github.com/hustvl/Vim",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg() for name in VARIANTS} | {"vim_nano": _cfg(input_size=(3, 32, 32), num_classes=10)}
+)
+
+
+def _create_vim(variant: str, pretrained: bool, **kwargs) -> VisionMamba:
+    arguments = VARIANTS[variant] | kwargs
+    return build_model_with_cfg(
+        VisionMamba,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+        **arguments,
+    )
+
+
+@register_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create_vim("vim_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create_vim("vim_small_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create_vim("vim_small_patch16_stride8_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionMamba:
+    return _create_vim("vim_base_patch16_224", pretrained, **kwargs)
+
+
+@register_model
+def vim_nano(pretrained: bool = False, **kwargs) -> VisionMamba:
+    """For images of 32 to 64 pixels: 8x8 patches at 32 pixels."""
+    return _create_vim("vim_nano", pretrained, **kwargs)

@@ -1,0 +1,387 @@
+"""VSSD: a hierarchical vision backbone of non-causal state space duality (NC-SSD) blocks, with attention in the end.
+
+Shi et al. 2024, "VSSD: Vision Mamba with Non-Causal State Space Duality" (https://arxiv.org/abs/2407.18559).
+State-dict keys are those of the published checkpoints, which load as they are.
+
+Shapes: B batch, C channels, H W map; inside, maps are (B, H, W, C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .layers.attention import Attention
+from .layers.conv import DepthwiseConv
+from .layers.conv_stem import ConvDownsample, ConvStem, SimpleDownsample, SimpleStem
+from .layers.mlp import Mlp
+from .layers.nc_ssd import NCSSD
+
+__all__ = ["VSSD"]
+
+ATTN_TYPES = ("mamba2", "standard")
+
+
+class VSSDBlock(nn.Module):
+    """x + cpe1(x); + drop_path(attn(norm1(x))); + cpe2(x); + drop_path(mlp(norm2(x))).
+
+    cpe: conditional position encoding, a depthwise convolution. attn: NC-SSD or self-attention.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
+        super().__init__()
+        self.cpe1 = DepthwiseConv(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.drop_path = DropPath(drop_path)
+        self.cpe2 = DepthwiseConv(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), "gelu", drop)
+        self.use_checkpoint = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class VSSDStage(nn.Module):
+    """Blocks at one resolution, then the way to the next one."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(self.blocks(x))
+
+
+class VSSD(nn.Module):
+    """VSSD.
+
+    Args:
+        in_chans, num_classes: as in timm; 0 classes for features.
+        embed_dim: channels of the first stage, doubled from stage to stage.
+        depths: blocks of every stage.
+        num_heads: heads of every stage, of NC-SSD and attention alike.
+        attn_types: mixer of every stage, "mamba2" (NC-SSD) or "standard" (self-attention).
+        mlp_ratio: hidden channels of the MLP per channel.
+        drop_rate: dropout in the MLP.
+        drop_path_rate: of the last block, growing linearly from 0 at the first.
+        use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
+        d_state, ssd_expansion, ssd_ngroups, ssd_chunk_size, ssd_positive_dA, linear_attn_duality, bidirection: of the
+            mixer: d_state, expand, ngroups, chunk_size, and the others by the same name, see `NCSSD`.
+        simple_patch_embed, simple_downsample: the plainer stem and downsampling of the ablation.
+        global_pool: of the head, as in timm.
+        scan_impl: implementation of the operators, see `ssm_ops`.
+    """
+
+    output_fmt = "NHWC"
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 64,
+        depths: Sequence[int] = (2, 4, 12, 4),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        attn_types: Sequence[str] = ("mamba2", "mamba2", "mamba2", "standard"),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        use_checkpoint: bool = False,
+        d_state: int = 64,
+        ssd_expansion: int = 2,
+        ssd_ngroups: int = 1,
+        ssd_chunk_size: int = 256,
+        ssd_positive_dA: bool = True,
+        linear_attn_duality: bool = True,
+        bidirection: bool = False,
+        simple_patch_embed: bool = False,
+        simple_downsample: bool = False,
+        global_pool: str = "avg",
+        scan_impl: str = "auto",
+    ):
+        super().__init__()
+        if not len(depths) == len(num_heads) == len(attn_types):
+            raise ValueError(
+                f"depths {list(depths)}, num_heads {list(num_heads)} and attn_types {list(attn_types)} must have one "
+                "entry per stage"
+            )
+        self.num_classes = num_classes
+        self.num_layers = len(depths)
+        self.dims = [embed_dim * 2**i for i in range(len(depths))]
+        self.num_features = self.head_hidden_size = self.dims[-1]
+        self.patch_embed = (SimpleStem if simple_patch_embed else ConvStem)(in_chans, self.dims[0])
+
+        def make_attn(kind: str, dim: int, heads: int) -> nn.Module:
+            if kind not in ATTN_TYPES:
+                raise ValueError(f"attn_types: {kind!r} is not one of {', '.join(ATTN_TYPES)}")
+            if dim % heads:
+                raise ValueError(f"num_heads: {heads} does not divide the {dim} channels of its stage")
+            if kind == "standard":
+                return Attention(dim, heads)
+            return NCSSD(
+                d_model=dim,
+                d_state=d_state,
+                headdim=ssd_expansion * dim // heads,
+                expand=ssd_expansion,
+                ngroups=ssd_ngroups,
+                linear_attn_duality=linear_attn_duality,
+                ssd_positive_dA=ssd_positive_dA,
+                bidirection=bidirection,
+                chunk_size=ssd_chunk_size,
+                impl=scan_impl,
+            )
+
+        rates = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
+        downsample = SimpleDownsample if simple_downsample else ConvDownsample
+        self.feature_info = []
+        self.layers = nn.ModuleList()
+        for i, (depth, dim, heads, kind) in enumerate(zip(depths, self.dims, num_heads, attn_types, strict=True)):
+            blocks = [
+                VSSDBlock(dim, make_attn(kind, dim, heads), mlp_ratio, drop_rate, next(rates)) for _ in range(depth)
+            ]
+            last = i + 1 == len(depths)
+            self.layers.append(VSSDStage(blocks, nn.Identity() if last else downsample(dim)))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks"})
+
+        self.norm = nn.LayerNorm(self.dims[-1])
+        self._reset_head(num_classes, global_pool)
+        self.apply(_init_weights)
+        self.set_grad_checkpointing(use_checkpoint)
+
+    def _reset_head(self, num_classes: int, pool_type: str) -> None:
+        """A new pooling and a new linear layer; without classes the pooled features come out."""
+        self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt=self.output_fmt)
+        width = self.num_features * self.pool.feat_mult()
+        self.head = nn.Linear(width, num_classes) if num_classes > 0 else nn.Identity()
+        _init_weights(self.head)
+
+    # ---- forward ----
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> first tokens, (B, h, w, embed_dim)."""
+        return self.patch_embed(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last map, (B, h, w, dims[-1]), before the norm of the head."""
+        x = self.forward_stem(x)
+        for stage in self.layers:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.pool(self.norm(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W), any H and W (from 4 on with the simple stem) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ):
+        """Maps of the stages, each before its downsampling.
+
+        Args:
+            indices: the last n stages, the given ones, or all.
+            norm: the head's norm on the last stage's map.
+            stop_early: do not run the stages after the last wanted one.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: leave out the final features.
+
+        Returns:
+            A list of contiguous maps, or (final features as `forward_features`, list).
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NHWC")
+        wanted, last = feature_take_indices(len(self.layers), indices)
+        intermediates = []
+        x = self.forward_stem(x)
+        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = stage.blocks(x)
+            if i in wanted:
+                final = norm and i == len(self.layers) - 1
+                intermediates.append(self._to_format(self.norm(x) if final else x, output_fmt))
+            x = stage.downsample(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def _to_format(self, x: Tensor, output_fmt: str) -> Tensor:
+        return (x if output_fmt == self.output_fmt else x.permute(0, 3, 1, 2)).contiguous()
+
+    # ---- what timm expects of a model ----
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self._reset_head(num_classes, self.pool.pool_type if global_pool is None else global_pool)
+        self.head.to(next(self.patch_embed.parameters()).device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for module in self.modules():
+            if isinstance(module, VSSDBlock):
+                module.use_checkpoint = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layer groups for layer-wise learning rates, from the stem to the head."""
+        with_previous = (99999,)  # timm's sign for "in the group of what comes before"
+        blocks = [
+            (r"^layers\.(\d+)\.downsample", with_previous),
+            (r"^layers\.(\d+)" if coarse else r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", with_previous),
+        ]
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would push to a meaningless value (1-D ones are known anyway)."""
+        leaves = ("A_log", "D", "dt_bias")
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps of the stages `indices` do not need; returns the indices as non-negative numbers."""
+        wanted, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        self.layers[-1].downsample = nn.Identity()
+        self.num_features = self.head_hidden_size = self.dims[last]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return wanted
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ---- variants ----
+
+VARIANTS = {
+    "vssd_micro": {
+        "embed_dim": 48,
+        "depths": (2, 2, 8, 4),
+        "num_heads": (2, 4, 8, 16),
+        "d_state": 48,
+        # what the published weights were trained with; the published yaml says 0.1, in a place that is not read
+        "drop_path_rate": 0.2,
+    },
+    "vssd_tiny": {
+        "embed_dim": 64,
+        "depths": (2, 4, 8, 4),
+        "num_heads": (2, 4, 8, 16),
+        "d_state": 64,
+        "drop_path_rate": 0.2,
+    },
+    "vssd_small": {
+        "embed_dim": 64,
+        "depths": (3, 4, 21, 5),
+        "num_heads": (2, 4, 8, 16),
+        "d_state": 64,
+        "drop_path_rate": 0.4,
+    },
+    "vssd_base": {
+        "embed_dim": 96,
+        "depths": (3, 4, 21, 5),
+        "num_heads": (3, 6, 12, 24),
+        "d_state": 64,
+        "drop_path_rate": 0.6,
+    },
+    "vssd_nano": {
+        "embed_dim": 32,
+        "depths": (1, 2, 1),
+        "num_heads": (2, 4, 8),
+        "attn_types": ("mamba2", "mamba2", "standard"),
+        "d_state": 16,
+        "drop_path_rate": 0.05,
+    },
+}
+"""Arguments of the published models and of one for small images, by registry name."""
+
+
+def _cfg(**kwargs) -> dict:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.conv1.conv",
+        "classifier": "head",
+        "paper_ids": "arXiv:2407.18559",
+        "origin_url": "https://github.com/YuHengsss/VSSD",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg() for name in VARIANTS} | {"vssd_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10)}
+)
+
+
+def _create_vssd(variant: str, pretrained: bool, **kwargs) -> VSSD:
+    arguments = VARIANTS[variant] | kwargs
+    return build_model_with_cfg(
+        VSSD,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": tuple(range(len(arguments["depths"]))), "feature_cls": "getter"},
+        **arguments,
+    )
+
+
+@register_model
+def vssd_micro(pretrained: bool = False, **kwargs) -> VSSD:
+    return _create_vssd("vssd_micro", pretrained, **kwargs)
+
+
+@register_model
+def vssd_tiny(pretrained: bool = False, **kwargs) -> VSSD:
+    return _create_vssd("vssd_tiny", pretrained, **kwargs)
+
+
+@register_model
+def vssd_small(pretrained: bool = False, **kwargs) -> VSSD:
+    return _create_vssd("vssd_small", pretrained, **kwargs)
+
+
+@register_model
+def vssd_base(pretrained: bool = False, **kwargs) -> VSSD:
+    return _create_vssd("vssd_base", pretrained, **kwargs)
+
+
+@register_model
+def vssd_nano(pretrained: bool = False, **kwargs) -> VSSD:
+    """For images of 32 to 64 pixels: three stages, 8x8 tokens at 32 pixels."""
+    return _create_vssd("vssd_nano", pretrained, **kwargs)
