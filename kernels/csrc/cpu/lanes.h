@@ -49,13 +49,26 @@ SSM_INLINE void operator+=(Lanes& x, Lanes y) { x = x + y; }
 
 SSM_INLINE void add_to(float* to, Lanes x) { store(to, load(to) + x); }
 
+// The larger (smaller) of bound and x, and x where it is NaN: the processor's own operation, which compilers do not make of
+// a comparison and a choice.
+#if SSM_HAS_TARGETS && SSM_NATIVE == 16
+SSM_INLINE Native larger(Native bound, Native x) { return (Native)_mm512_max_ps((__m512)bound, (__m512)x); }
+SSM_INLINE Native smaller(Native bound, Native x) { return (Native)_mm512_min_ps((__m512)bound, (__m512)x); }
+#elif SSM_HAS_TARGETS && SSM_NATIVE == 8
+SSM_INLINE Native larger(Native bound, Native x) { return (Native)_mm256_max_ps((__m256)bound, (__m256)x); }
+SSM_INLINE Native smaller(Native bound, Native x) { return (Native)_mm256_min_ps((__m256)bound, (__m256)x); }
+#else
+SSM_INLINE Native larger(Native bound, Native x) { return x < bound ? bound : x; }
+SSM_INLINE Native smaller(Native bound, Native x) { return x > bound ? bound : x; }
+#endif
+
 SSM_INLINE Lanes at_least(Lanes x, float bound) {
-    SSM_PARTS x.v[i] = x.v[i] < bound ? bound - Native{} : x.v[i];
+    SSM_PARTS x.v[i] = larger(bound - Native{}, x.v[i]);
     return x;
 }
 
 SSM_INLINE Lanes at_most(Lanes x, float bound) {
-    SSM_PARTS x.v[i] = x.v[i] > bound ? bound - Native{} : x.v[i];
+    SSM_PARTS x.v[i] = smaller(bound - Native{}, x.v[i]);
     return x;
 }
 
@@ -92,10 +105,11 @@ SSM_INLINE void store(float* to, const Group& x) { SSM_EACH store(to + j * W, x.
 constexpr float LOG2_E = 1.44269504088896341f, LOG2_E_REST = 1.92596299e-8f;  // their sum is log2(e) to 48 bits
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
 
-// 2^n, where shifted = n + MAGIC
-SSM_INLINE Lanes power_of_two(Lanes shifted) {
-    SSM_PARTS shifted.v[i] = (Native)(((NativeInts)shifted.v[i] << 23) + (127 << 23));
-    return shifted;
+// x 2^n, where shifted = n + MAGIC, by adding n to the exponent of x: integers, while multipliers are what is scarce here.
+// Neither x nor the result may be outside of the normal numbers.
+SSM_INLINE Lanes times_power_of_two(Lanes x, Lanes shifted) {
+    SSM_PARTS x.v[i] = (Native)((NativeInts)x.v[i] + ((NativeInts)shifted.v[i] << 23));
+    return x;
 }
 
 // 2^(n + r) with n = shifted - MAGIC an integer and |r| <= 1/2
@@ -105,7 +119,7 @@ SSM_INLINE Group exp2_parts(const Group& shifted, const Group& r) {
     Group q;
     SSM_EACH q.v[j] = everywhere(1.5353362e-4f);
     for (float c : coefficients) SSM_EACH q.v[j] = q.v[j] * r.v[j] + c;
-    SSM_EACH q.v[j] = q.v[j] * power_of_two(shifted.v[j]);
+    SSM_EACH q.v[j] = times_power_of_two(q.v[j], shifted.v[j]);
     return q;
 }
 

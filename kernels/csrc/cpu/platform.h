@@ -6,6 +6,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SSM_HAS_TARGETS 1
+#include <immintrin.h>
 // Versions of a function for AVX-512, AVX2 and the rest, chosen when the library is loaded: for loops that the compiler
 // makes vectors of. Kernels that name their vectors are compiled by for_each_target.h instead.
 #define SSM_VERSIONS __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))

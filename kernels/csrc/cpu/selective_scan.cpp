@@ -17,14 +17,9 @@
 #include <initializer_list>
 #include <utility>
 
-extern "C" {
+#include "map.h"
 
-// A tensor (batch, channel, time) of any strides; of `repeat` channels of the scan each reads the same one.
-struct Map {
-    const float* data;
-    int64_t batch, channel, time;
-    int64_t repeat;
-};
+extern "C" {
 
 struct ScanArguments {
     Map u, delta, z, dout;          // z.data may be null

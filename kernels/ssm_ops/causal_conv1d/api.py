@@ -41,8 +41,8 @@ def causal_conv1d(
         weight: (D, K), as bias in the dtype of x or in float32 (float64 where x is).
         bias: (D,).
         activation: None or "silu".
-        impl: "auto", "triton" (CUDA; not float64) or "reference", which is plain PyTorch without a custom operator,
-            also under ``torch.export``.
+        impl: "auto", "cpu" or "triton" (CUDA), both not in float64, or "reference", which is plain PyTorch without a
+            custom operator, also under ``torch.export``.
 
     Returns:
         (B, D, L), contiguous, dtype of x.

@@ -12,7 +12,7 @@ import torch
 
 from .._library import SINGLE_AND_HALF, declare, register
 
-CAUSAL_CONV1D = declare("causal_conv1d", __package__, SINGLE_AND_HALF, triton=("cuda",), reference=None)
+CAUSAL_CONV1D = declare("causal_conv1d", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None)
 
 
 def _fake_fwd(x, weight, bias, silu, reverse, impl):
