@@ -6,6 +6,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .norm import Linear
+
 
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(d)) v over all H*W tokens, (B, H, W, C) -> the same; d = C / num_heads.
@@ -19,8 +21,8 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the {dim} channels of the attention")
         self.num_heads = num_heads
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.to_out = nn.Linear(dim, dim)
+        self.to_qkv = Linear(dim, 3 * dim, bias=False)
+        self.to_out = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

@@ -18,6 +18,7 @@ from torch import Tensor
 from ssm_ops import nc_ssd, ssd_chunk_scan
 
 from .conv import DepthwiseConv
+from .norm import Linear
 from .ssm_init import mamba_dt_bias
 
 
@@ -73,10 +74,10 @@ class NCSSD(nn.Module):
         self.dt_bias = nn.Parameter(mamba_dt_bias(nheads))
         self.A_log = nn.Parameter(torch.empty(nheads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(nheads))
-        self.in_proj = nn.Linear(d_model, sum(self.proj_sizes), bias=False)
+        self.in_proj = Linear(d_model, sum(self.proj_sizes), bias=False)
         self.conv2d = DepthwiseConv(d_conv)
         self.norm = nn.LayerNorm(d_inner)
-        self.out_proj = nn.Linear(d_inner, d_model, bias=False)
+        self.out_proj = Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same."""
