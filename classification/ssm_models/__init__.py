@@ -1,7 +1,12 @@
-"""Vision state-space models, registered in timm on import: `timm.create_model("vmamba_tiny_s1l8")`."""
+"""Vision state-space models. Importing them registers the models in timm (`timm.create_model("vmamba_tiny_s1l8")`) and
+the costs of their operators in PyTorch's `FlopCounterMode`.
+"""
+
+from ssm_ops import register_flop_formulas
 
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from .dense import DenseVisionMamba, DenseVSSD, DenseVSSM
+from .model_card import ModelCard, model_card
 from .upstream import from_upstream
 from .vim import VisionMamba
 from .vssd import VSSD
@@ -14,8 +19,12 @@ __all__ = [
     "DenseVSSD",
     "DenseVSSM",
     "DenseVisionMamba",
+    "ModelCard",
     "VisionMamba",
     "from_upstream",
     "load_checkpoint",
+    "model_card",
     "read_checkpoint",
 ]
+
+register_flop_formulas()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -21,12 +22,17 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .layers.forward_type import mixer_family
 from .layers.mlp import Mlp
 from .layers.norm import get_norm, is_channel_first
 from .layers.ss2d import SS2D
+from .layers.ss2d_m0 import SS2DM0
+from .layers.ss2d_xv import SS2DXv
 from .layers.stem import make_downsample, make_stem, stem_grid, stem_stride
 
 __all__ = ["VSSM"]
+
+_MIXERS = {"v": SS2D, "xv": SS2DXv, "m0": SS2DM0}
 
 
 class VSSBlock(nn.Module):
@@ -103,7 +109,7 @@ class VSSM(nn.Module):
         depths: blocks of every stage.
         dims: channels of every stage, or of the first one, doubled from stage to stage.
         ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_act_layer, ssm_conv, ssm_conv_bias, ssm_drop_rate, ssm_init,
-            forward_type: of the mixer, see `SS2D`; ssm_ratio <= 0 removes the mixer.
+            forward_type: of the mixer, see `SS2D`, `SS2DXv`, `SS2DM0`; ssm_ratio <= 0 removes the mixer.
         mlp_ratio, mlp_act_layer, mlp_drop_rate, gmlp: of the MLP; mlp_ratio <= 0 removes it.
         drop_path_rate: of the last block, growing linearly from 0 at the first.
         patch_norm: norms in the stem.
@@ -113,6 +119,7 @@ class VSSM(nn.Module):
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
         posembed: learned absolute position embedding for images of `imgsize`, resized for others.
         global_pool, drop_rate: of the head, as in timm.
+        ssm_initial_state: `initial_state` of `SS2DM0`, no other mixer has it.
         scan_impl: implementation of the scans, see `ssm_ops`.
     """
 
@@ -146,12 +153,18 @@ class VSSM(nn.Module):
         imgsize: int = 224,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        ssm_initial_state: bool = False,
         scan_impl: str = "auto",
     ):
         super().__init__()
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(dims) != len(depths):
             raise ValueError(f"dims {dims} and depths {list(depths)} must have one entry per stage")
+        mixer = _MIXERS[mixer_family(forward_type)]
+        if ssm_initial_state:
+            if mixer is not SS2DM0:
+                raise ValueError(f"ssm_initial_state is an option of forward_type m0, not of {forward_type!r}")
+            mixer = partial(SS2DM0, initial_state=True)
         self.num_classes = num_classes
         self.num_layers = len(depths)
         self.dims = dims
@@ -169,7 +182,7 @@ class VSSM(nn.Module):
         def make_block(dim: int, drop_path: float) -> VSSBlock:
             op = mlp = None
             if ssm_ratio > 0:
-                op = SS2D(
+                op = mixer(
                     d_model=dim,
                     d_state=ssm_d_state,
                     ssm_ratio=ssm_ratio,
@@ -403,6 +416,17 @@ _V2 = {
     "downsample_version": "v3",
     "patchembed_version": "v2",
 }
+_M2 = {
+    "forward_type": "m0_noz",
+    "ssm_d_state": 64,
+    "ssm_ratio": 1.0,
+    "ssm_act_layer": "gelu",
+    "ssm_conv_bias": False,
+    "ssm_init": "v2",
+    "norm_layer": "ln",
+    "downsample_version": "v3",
+    "patchembed_version": "v2",
+}
 
 VARIANTS = {
     "vanilla_vmamba_tiny": {**_VANILLA, "depths": (2, 2, 9, 2), "dims": 96, "drop_path_rate": 0.2},
@@ -414,6 +438,9 @@ VARIANTS = {
     "vmamba_tiny_s1l8": {**_V2, "depths": (2, 2, 8, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.2},
     "vmamba_small_s1l20": {**_V2, "depths": (2, 2, 20, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.3},
     "vmamba_base_s1l20": {**_V2, "depths": (2, 2, 20, 2), "dims": 128, "ssm_ratio": 1.0, "drop_path_rate": 0.5},
+    "vmamba_tiny_m2": {**_M2, "depths": (2, 2, 4, 2), "dims": 96, "drop_path_rate": 0.2},
+    "vmamba_small_m2": {**_M2, "depths": (2, 2, 12, 2), "dims": 96, "drop_path_rate": 0.3},
+    "vmamba_base_m2": {**_M2, "depths": (2, 2, 12, 2), "dims": 128, "drop_path_rate": 0.3},
     "vmamba_nano": {**_V2, "depths": (1, 2, 1), "dims": 32, "ssm_ratio": 1.0, "drop_path_rate": 0.05},
 }
 """Arguments of the published models, by registry name."""
@@ -499,6 +526,21 @@ def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
 @register_model
 def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
     return _create_vssm("vmamba_base_s1l20", pretrained, **kwargs)
+
+
+@register_model
+def vmamba_tiny_m2(pretrained: bool = False, **kwargs) -> VSSM:
+    return _create_vssm("vmamba_tiny_m2", pretrained, **kwargs)
+
+
+@register_model
+def vmamba_small_m2(pretrained: bool = False, **kwargs) -> VSSM:
+    return _create_vssm("vmamba_small_m2", pretrained, **kwargs)
+
+
+@register_model
+def vmamba_base_m2(pretrained: bool = False, **kwargs) -> VSSM:
+    return _create_vssm("vmamba_base_m2", pretrained, **kwargs)
 
 
 @register_model

@@ -1,5 +1,6 @@
 """Fast scan operators for vision state-space models. `python -m ssm_ops` tells what runs where."""
 
+from ._flops import flop_formulas, register_flop_formulas
 from .causal_conv1d import causal_conv1d
 from .cross_scan import cross_merge, cross_scan
 from .nc_ssd import nc_ssd
@@ -13,7 +14,9 @@ __all__ = [
     "causal_conv1d",
     "cross_merge",
     "cross_scan",
+    "flop_formulas",
     "nc_ssd",
+    "register_flop_formulas",
     "selective_scan",
     "ss2d_scan",
     "ssd_chunk_scan",

@@ -31,25 +31,25 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The float32 value of a floating-point entry."""
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")))
     leaf = name.rsplit(".", 1)[-1]
-    if leaf == "dt_projs_bias":
+    if leaf in ("dt_bias", "dt_projs_bias") or name.endswith(("dt_proj.bias", "dt_proj_b.bias")):
         dt = np.exp(rng.random(shape) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
         return (dt + np.log(-np.expm1(-dt))).astype(np.float32)
     n = rng.standard_normal(shape)
-    if leaf == "A_logs":
+    if leaf in ("A_log", "A_logs", "A_b_log"):
         value = np.log(np.arange(1, shape[-1] + 1)) + 0.02 * n
-    elif leaf == "Ds":
+    elif leaf in ("D", "Ds", "D_b"):
         value = 1 + 0.02 * n
     elif leaf == "running_var":
         value = 1 + 0.1 * np.abs(n)
     elif leaf == "running_mean":
         value = 0.02 * n
-    elif leaf == "pos_embed":
+    elif leaf in ("pos_embed", "cls_token", "cls_token_head", "cls_token_tail"):
         value = 0.2 * n
     elif len(shape) >= 2:
         stacked = leaf in ("x_proj_weight", "dt_projs_weight")
         value = n / math.sqrt(shape[-1] if stacked else math.prod(shape[1:]))
     else:
-        value = 1 + 0.1 * n if leaf == "weight" else 0.1 * n
+        value = 1 + 0.1 * n if leaf in ("weight", "gamma") else 0.1 * n
     return value.astype(np.float32)
 
 
@@ -58,8 +58,9 @@ def filled(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 
 
 def fill_model(model: torch.nn.Module) -> torch.nn.Module:
-    """Fill every floating-point entry of the state dict; returns the model in eval mode."""
-    shapes = {name: v.shape for name, v in model.state_dict().items() if v.is_floating_point()}
+    """Fill every floating-point entry of the state dict but tables of rotary positions; returns it in eval mode."""
+    own = model.state_dict().items()
+    shapes = {n: v.shape for n, v in own if v.is_floating_point() and not n.endswith(("freqs_cos", "freqs_sin"))}
     model.load_state_dict(filled(shapes), strict=False)
     return model.eval()
 

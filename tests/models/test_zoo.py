@@ -21,19 +21,10 @@ def create(name, **kwargs):
 
 
 def test_registered_names():
-    assert (
-        sorted(
-            [
-                "vanilla_vmamba_base",
-                "vanilla_vmamba_small",
-                "vanilla_vmamba_tiny",
-                "vmamba_base_s1l20",
-                "vmamba_base_s2l15",
-            ]
-            + ["vmamba_nano", "vmamba_small_s1l20", "vmamba_small_s2l15", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"]
-        )
-        == MODELS
-    )
+    vanilla = [f"vanilla_vmamba_{size}" for size in ("base", "small", "tiny")]
+    base = ["vmamba_base_m2", "vmamba_base_s1l20", "vmamba_base_s2l15", "vmamba_nano"]
+    small = ["vmamba_small_m2", "vmamba_small_s1l20", "vmamba_small_s2l15"]
+    assert vanilla + base + small + ["vmamba_tiny_m2", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"] == sorted(MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -171,12 +162,38 @@ def test_half_precision_stays_near_float32(name, dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("norm_layer", ["ln", "ln2d"])
-@pytest.mark.parametrize("downsample_version", ["v1", "v2", "v3"])
-def test_any_size(norm_layer, downsample_version):
-    model = create("vmamba_nano", norm_layer=norm_layer, downsample_version=downsample_version).eval()
+@pytest.mark.parametrize("downsample_version", ["v1", "v2", "v3", "none"])
+def test_any_size_gives_the_same_in_both_layouts(downsample_version):
+    dims = (16, 16, 16) if downsample_version == "none" else (16, 24, 32)
+    kwargs = {"downsample_version": downsample_version, "dims": dims}
+    last = create("vmamba_nano", norm_layer="ln", **kwargs).eval()
+    first = create("vmamba_nano", norm_layer="ln2d", **kwargs).eval()
+    first.load_state_dict(last.state_dict(), strict=True)
     for size in ((32, 32), (33, 47), (61, 35), (20, 90)):
-        assert model(torch.randn(1, 3, *size)).shape == (1, 5)
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(first(x), last(x), rtol=1e-4, atol=1e-5)
+    sides = [m.shape[2] for m in first.forward_intermediates(torch.randn(1, 3, 45, 45), intermediates_only=True)]
+    assert sides == {"v1": [12, 6, 3], "v2": [12, 6, 3], "v3": [12, 6, 3], "none": [12, 12, 12]}[downsample_version]
+    sides = [m.shape[2] for m in first.forward_intermediates(torch.randn(1, 3, 28, 28), intermediates_only=True)]
+    assert sides == {"v1": [7, 4, 2], "v2": [7, 3, 1], "v3": [7, 4, 2], "none": [7, 7, 7]}[downsample_version]
+    assert [i["reduction"] for i in first.feature_info] == ([4, 4, 4] if downsample_version == "none" else [4, 8, 16])
+
+
+@pytest.mark.parametrize("norm_layer", ["ln", "ln2d"])
+def test_backbone_adds_the_position_embedding(norm_layer):
+    kwargs = SMALL | {"norm_layer": norm_layer, "posembed": True, "imgsize": 64, "forward_type": "v05_noz"}
+    backbone, model = DenseVSSM(**kwargs).eval(), VSSM(**kwargs, num_classes=5).eval()
+    weights = {n: v for n, v in model.state_dict().items() if not n.startswith("classifier")}
+    missing = backbone.load_state_dict(weights, strict=False).missing_keys
+    assert sorted(missing) == [f"outnorm{i}.{kind}" for i in range(4) for kind in ("bias", "weight")]
+    for size in (64, 96):  # as trained, and resized
+        x = torch.randn(1, 3, size, size)
+        expected = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
+        torch.testing.assert_close(backbone(x)[3], expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            moved = backbone.pos_embed.add_(torch.randn_like(backbone.pos_embed))
+        assert not torch.allclose(backbone(x)[3], expected, rtol=1e-2, atol=1e-2)
+        model.pos_embed.data.copy_(moved)
 
 
 def test_compiles_as_one_graph_and_exports():
@@ -215,6 +232,7 @@ def test_forward_type_grammar():
         gate_act=False, out_act=True, out_norm="cnorm"
     )
     assert parse_forward_type("v2") == ForwardType(scan_fp32=True) == parse_forward_type("v01")
+    assert parse_forward_type("v2_onsoftmax_nozact") == ForwardType(scan_fp32=True, gate_act=False, out_norm="softmax")
     assert parse_forward_type("v051d").scans == "unidi" and parse_forward_type("v052d").scans == "bidi"
 
 

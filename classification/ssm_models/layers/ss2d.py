@@ -21,7 +21,7 @@ from ssm_ops import selective_scan, ss2d_scan
 from .act import get_act
 from .forward_type import parse_forward_type
 from .norm import get_linear, get_norm, to_channel_first, to_channel_last
-from .ssm_init import ssm_parameters
+from .ssm_init import ssm_parameters, x_proj_parameter
 
 K = 4
 
@@ -65,22 +65,20 @@ class SS2D(nn.Module):
                 f"forward_type={forward_type!r} has SiLU, a 3x3 convolution with bias and init v0, nothing else: got "
                 f"act {act_layer!r}, conv {d_conv}, bias {conv_bias}, init {initialize!r}. v05 leaves the choice"
             )
-        if d_conv > 1 and d_conv % 2 == 0:
-            raise ValueError(f"d_conv={d_conv} must be odd, or below 2 for no convolution")
+        check_conv(d_conv)
         linear = get_linear(channel_first)
         d_inner = int(ssm_ratio * d_model)
         self.d_state = d_state
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.dt_rank = get_dt_rank(dt_rank, d_model)
         self.scans, self.scan_fp32, self.gated = variant.scans, variant.scan_fp32, variant.gate
         self.channel_first = channel_first
         self.impl = "reference" if is_exportable() else impl
 
-        x_proj = torch.empty(K, self.dt_rank + 2 * d_state, d_inner).uniform_(-(d_inner**-0.5), d_inner**-0.5)
-        self.x_proj_weight = nn.Parameter(x_proj)  # rows: dt (R), B (N), C (N)
+        self.x_proj_weight = x_proj_parameter(K, d_inner, d_state, self.dt_rank)
         for name, parameter in ssm_parameters(initialize, K, d_inner, d_state, self.dt_rank).items():
             self.register_parameter(name, parameter)
 
-        out_norm = _make_out_norm(variant.out_norm, d_inner, channel_first)
+        out_norm = make_out_norm(variant.out_norm, d_inner, channel_first)
         if not variant.fixed:  # this place in the order of the parameters belongs to the checkpoints
             self.out_norm = out_norm
         self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False)
@@ -114,8 +112,8 @@ class SS2D(nn.Module):
 
     def _parameters_of_scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt_weight (K, D, R), A (K*D, N), D (K*D), dt_bias (K*D) in float32 (or float64)."""
-        A_logs, Ds = _at_least_float32(self.A_logs), _at_least_float32(self.Ds)
-        weight, bias = _at_least_float32(self.dt_projs_weight), _at_least_float32(self.dt_projs_bias)
+        A_logs, Ds = at_least_float32(self.A_logs), at_least_float32(self.Ds)
+        weight, bias = at_least_float32(self.dt_projs_weight), at_least_float32(self.dt_projs_bias)
         return weight, -A_logs.exp(), Ds, bias.flatten()
 
     def _scan_map(self, x: Tensor) -> Tensor:
@@ -164,11 +162,23 @@ class SS2D(nn.Module):
         return x if self.channel_first else x.permute(0, 2, 3, 1)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+# ---- shared by the mixers of VMamba ----
+
+
+def get_dt_rank(dt_rank: int | str, d_model: int) -> int:
+    return math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+
+
+def check_conv(d_conv: int) -> None:
+    if d_conv > 1 and d_conv % 2 == 0:
+        raise ValueError(f"d_conv={d_conv} must be odd, or below 2 for no convolution")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _make_out_norm(kind: str, dim: int, channel_first: bool) -> nn.Module:
+def make_out_norm(kind: str, dim: int, channel_first: bool) -> nn.Module:
     """The norm between scan and out_proj, for the layout of the block. Sequential indices are checkpoint keys."""
     first, last = (nn.Identity, nn.Identity) if channel_first else (to_channel_first, to_channel_last)
     norm = get_norm("ln2d" if channel_first else "ln")

@@ -10,10 +10,12 @@ from typing import Any
 import torch.nn as nn
 
 from ..dense import DenseVSSM
-from ..layers.forward_type import parse_forward_type
+from ..layers.forward_type import mixer_family, parse_forward_type
 from ..vssm import VARIANTS, VSSM
+from .vmamba_forward_types import present_forward_type
+from .vmamba_variants import FURTHER_VARIANTS
 
-# Published names besides those of the registry: yaml files, the NAMEs inside them, and what people call them.
+# Published names besides those of the registry: yaml files, the NAMEs inside them, and files of weights.
 _NAMES = {
     "vmambav0_tiny_224": "vanilla_vmamba_tiny",
     "vmambav0_small_224": "vanilla_vmamba_small",
@@ -36,6 +38,13 @@ _NAMES = {
     "vssm1_tiny_0230s": "vmamba_tiny_s1l8",
     "vssm1_small_0229s": "vmamba_small_s1l20",
     "vssm1_base_0229s": "vmamba_base_s1l20",
+    "vssmtiny_dp01": "vanilla_vmamba_tiny",
+    "vssmsmall_dp03": "vanilla_vmamba_small",
+    "vssmbase_dp05": "vanilla_vmamba_base",
+    "vssmbase_dp06": "vanilla_vmamba_base",
+    "vssm_tiny_0230": "vmamba_tiny_s2l5",
+    "vssm_small_0229": "vmamba_small_s2l15",
+    "vssm_base_0229": "vmamba_base_s2l15",
 }
 
 _YAML_KEYS = {
@@ -61,6 +70,10 @@ _YAML_KEYS = {
     "PATCHEMBED": "patchembed_version",
     "POSEMBED": "posembed",
     "GMLP": "gmlp",
+    # of February 2024
+    "D_STATE": "ssm_d_state",
+    "DT_RANK": "ssm_dt_rank",
+    "SSM_SIMPLE_INIT": "ssm_simple_init",
 }
 # Upstream's yaml defaults where they differ from the constructor's.
 _YAML_DEFAULTS = {"patchembed_version": "v2", "downsample_version": "v2", "forward_type": "v2"}
@@ -70,8 +83,9 @@ _MODEL_DEAD_YAML_KEYS = ("TYPE", "NAME", "PRETRAINED", "RESUME", "DROP_RATE", "L
 
 # Arguments that do nothing upstream.
 _DEAD = ("cls", "ssm_rank_ratio", "pretrained")
-# Former names of today's variants, by base.
-_FORMER_BASES = {"v0_seq": "v0seq", "v1": "v2", "v31d": "v051d", "v32d": "v052d", "v32dc": "v052dc"}
+# Arguments that variants ignore upstream and refuse here.
+_DEAD_IN_V0 = ("ssm_act_layer", "ssm_conv", "ssm_conv_bias", "ssm_init")
+_DEAD_IN_XV = ("ssm_act_layer",)
 
 
 def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
@@ -91,11 +105,7 @@ def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
         arguments = _from_yaml(config)
     else:
         arguments = {name: value for name, value in config.items() if name not in _DEAD}
-    arguments["forward_type"] = _present_forward_type(arguments.get("forward_type", "v2"))
-    if parse_forward_type(arguments["forward_type"]).fixed:
-        # upstream's v0 ignores these
-        for name in ("ssm_act_layer", "ssm_conv", "ssm_conv_bias", "ssm_init"):
-            arguments.pop(name, None)
+    _to_present_arguments(arguments)
     try:
         return DenseVSSM(**arguments) if backbone else VSSM(**arguments)
     except TypeError as error:
@@ -103,14 +113,16 @@ def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
 
 
 def _published(description: str) -> dict[str, Any]:
-    """Arguments of a published name; also of a yaml's path, and of "Backbone_VSSM of <name>, ..."."""
+    """Arguments of a published name; also of a file's path, and of "Backbone_VSSM of <name>, ..."."""
     name = re.match(r"(?:\w+ of )?([^,]+)", description).group(1).strip()
     name = PurePosixPath(name).name.removesuffix(".yaml")
+    name = re.sub(r"_ckpt_epoch_\d+(\.pth)?$", "", name)
+    variants = VARIANTS | FURTHER_VARIANTS
     variant = _NAMES.get(name, name)
-    if variant not in VARIANTS:
-        legal = ", ".join([*VARIANTS, *_NAMES])
+    if variant not in variants:
+        legal = ", ".join([*variants, *_NAMES])
         raise ValueError(f"{description!r} is not a published VMamba; known: {legal}")
-    return dict(VARIANTS[variant])
+    return dict(variants[variant])
 
 
 def _from_yaml(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,6 +140,19 @@ def _from_yaml(model: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _present_forward_type(name: str) -> str:
-    base = next((old for old in _FORMER_BASES if name == old or name.startswith(f"{old}_")), None)
-    return name if base is None else _FORMER_BASES[base] + name.removeprefix(base)
+def _to_present_arguments(arguments: dict[str, Any]) -> None:
+    """Replace former arguments and names by today's, and drop what the variant ignores upstream; in place."""
+    if arguments.pop("ssm_simple_init", False):
+        arguments["ssm_init"] = "v1"
+    name = present_forward_type(
+        arguments.get("forward_type", "v2"),
+        has_conv=arguments.get("ssm_conv", 3) > 1,
+        softmax=arguments.pop("softmax_version", False),
+    )
+    arguments["forward_type"] = name
+    family = mixer_family(name)
+    dead = _DEAD_IN_XV if family == "xv" else ()
+    if family == "v" and parse_forward_type(name).fixed:
+        dead = _DEAD_IN_V0
+    for argument in dead:
+        arguments.pop(argument, None)
