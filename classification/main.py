@@ -55,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tag", metavar="NAME", help="the run folder is OUTPUT/TAG")
     add("--resume", metavar="P", help="a checkpoint folder, or auto: the newest valid one of the run folder")
     add("--pretrained", metavar="P", help="start from these weights: checkpoint folder, .safetensors, official .pth")
+    add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
     add("--eval", action="store_true", help="validate the weights of --resume or --pretrained; no training")
     add("--throughput", action="store_true", help="measure inference images/s on synthetic images; no training")
     add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")
@@ -65,6 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.eval and not (args.resume or args.pretrained):
         raise UserError("--eval needs weights: give --resume CHECKPOINT or --pretrained FILE")
+    if args.new_head and (args.eval or not args.pretrained):
+        raise UserError("--new-head goes with --pretrained FILE, to train a fresh classifier on its features")
     if args.resume not in (None, "auto") and args.pretrained:
         raise UserError("give --resume CHECKPOINT or --pretrained, not both: a resumed run has its weights already")
     return args
@@ -107,7 +110,8 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
     if args.eval:
         evaluate(args, cfg, world, log, folder, checkpoint)
     else:
-        train(cfg, world, log, folder, checkpoint, Path(args.pretrained) if args.pretrained else None)
+        pretrained = Path(args.pretrained) if args.pretrained else None
+        train(cfg, world, log, folder, checkpoint, pretrained, args.new_head)
 
 
 def refuse_existing_run(folder: Path) -> None:

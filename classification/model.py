@@ -22,7 +22,11 @@ def build_model(cfg: CN) -> nn.Module:
     """
     name = cfg.MODEL.NAME
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models(module="vssm")[:3]
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or [
+            "vmamba_tiny_s1l8",
+            "vim_tiny_patch16_224",
+            "vssd_tiny",
+        ]
         raise UserError(f"MODEL.NAME {name!r} is not a registered model; did you mean {' or '.join(near)}?")
     try:
         model = timm.create_model(
@@ -37,17 +41,18 @@ def build_model(cfg: CN) -> nn.Module:
     return model
 
 
-def load_pretrained(model: nn.Module, path: Path) -> Path:
+def load_pretrained(model: nn.Module, path: Path, new_head: bool = False) -> Path:
     """Load weights strictly from a checkpoint folder of ours (the better validated ones), a .safetensors file or an
-    official .pth file. Returns the file. UserError says what is wrong, naming the first differing keys."""
+    official .pth file; with `new_head` all but the classifier, for other classes. Returns the file. UserError says what
+    is wrong, naming the first differing keys."""
     if (path / META).is_file():
         path = read_checkpoint(path).weights_file
     if not path.is_file():
         raise UserError(f"--pretrained {path} is neither a checkpoint folder nor a file; give a .safetensors or .pth")
     try:
-        ssm_models.load_checkpoint(model, path, which="auto")
+        ssm_models.load_checkpoint(model, path, which="auto", new_head=new_head)
     except ssm_models.CheckpointError as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error).replace("new_head=True keeps", "--new-head keeps")) from error
     return path
 
 

@@ -27,19 +27,25 @@ _log = logging.getLogger(__name__)
 
 
 def train(
-    cfg: CN, world: World, log: RunLog, folder: Path, checkpoint: Checkpoint | None, pretrained: Path | None
+    cfg: CN,
+    world: World,
+    log: RunLog,
+    folder: Path,
+    checkpoint: Checkpoint | None,
+    pretrained: Path | None,
+    new_head: bool,
 ) -> None:
     """Train to the last epoch, validating and saving after each, and write metrics.json into the run folder.
 
-    Continues from `checkpoint`, or starts from the weights of `pretrained`, or from scratch. The run folder is created
-    when data, model and weights have been found to be good.
+    Continues from `checkpoint`, or starts from the weights of `pretrained` (but for its classifier with `new_head`), or
+    from scratch. The run folder is created when data, model and weights have been found to be good.
     """
     train_found, val_found = world.together(lambda: (scan_split(cfg, "train"), scan_split(cfg, "val")))
     world.together(lambda: check_same_classes(train_found, val_found))
     loader = world.together(lambda: train_loader(cfg, train_found, world))
     val_loader = eval_loader(cfg, val_found, world)
     updates_per_epoch = loader.batch_sampler.updates_per_epoch
-    training = world.together(lambda: prepare(cfg, world, updates_per_epoch, checkpoint, pretrained))
+    training = world.together(lambda: prepare(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head))
     # with the weights in place, and with all ranks alive: the wrapper sends those of rank 0 to all
     training.parallel = parallel(training.network, world)
     store = CheckpointStore(folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS)
@@ -65,13 +71,18 @@ def train(
 
 
 def prepare(
-    cfg: CN, world: World, updates_per_epoch: int, checkpoint: Checkpoint | None, pretrained: Path | None
+    cfg: CN,
+    world: World,
+    updates_per_epoch: int,
+    checkpoint: Checkpoint | None,
+    pretrained: Path | None,
+    new_head: bool,
 ) -> Training:
     """Model (not yet parallel), average, optimizer and schedule. Raises UserError for weights of another model."""
     seed_init(cfg.SEED)
     network = build_model(cfg)
     if checkpoint is None and pretrained is not None:
-        _log.info("weights from %s", load_pretrained(network, pretrained))
+        _log.info("weights from %s", load_pretrained(network, pretrained, new_head))
     network.to(world.device)
     images_per_update = cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
     rates = resolve_rates(cfg.TRAIN, images_per_update)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -12,11 +14,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .dense import DenseVisionMamba, DenseVSSD, DenseVSSM
+from .unpickle import CheckpointError, read_pickle
+
+__all__ = ["CheckpointError", "LoadReport", "Weights", "find_weights", "load_checkpoint", "read_checkpoint"]
+
+_log = logging.getLogger(__name__)
+
 _ENTRIES = {"auto": ("model", "state_dict", "model_ema"), "model": ("model", "state_dict"), "ema": ("model_ema",)}
 
+_BACKBONES = (DenseVSSM, DenseVSSD, DenseVisionMamba)
+# What a classifier has and a backbone has not, and the other way round.
+_OF_CLASSIFIER = re.compile(r"(classifier|norm|head)\.")
+_OF_BACKBONE = re.compile(r"(outnorm|fpn)\d+\.")
 
-class CheckpointError(RuntimeError):
-    """A file that cannot be read, or does not fit the model. The message is one line."""
+
+# ---- reading ----
+
+
+class Weights(NamedTuple):
+    """Weights, and where in a file they were."""
+
+    tensors: dict[str, Tensor]
+    entry: str
+    """"model", "state_dict" or "model_ema"; "" where the file is a state dict itself."""
+    entries: tuple[str, ...]
+    """All such entries of the file."""
+    beside: tuple[str, ...]
+    """Tensors of a detector or segmentor that are not the backbone's: neck, heads."""
 
 
 def read_checkpoint(path: str | Path, which: str = "auto") -> dict[str, Tensor]:
@@ -31,71 +56,141 @@ def read_checkpoint(path: str | Path, which: str = "auto") -> dict[str, Tensor]:
     Raises:
         CheckpointError: no such file, not a checkpoint, needs pickled code, or has no such weights.
     """
+    return find_weights(path, which).tensors
+
+
+def find_weights(path: str | Path, which: str = "auto") -> Weights:
+    """`read_checkpoint`, with an account of what was taken."""
     if which not in _ENTRIES:
         raise ValueError(f"which={which!r} is not one of {', '.join(_ENTRIES)}")
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     content = _read_file(path)
-    entry = next((name for name in _ENTRIES[which] if isinstance(content.get(name), Mapping)), None)
-    if entry is not None:
+    entries = tuple(name for name in _ENTRIES["auto"] if isinstance(content.get(name), Mapping))
+    entry = next((name for name in _ENTRIES[which] if name in entries), "")
+    if entry:
         content = content[entry]
-    elif which == "ema" or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    elif which == "ema" or not any(isinstance(value, Tensor) for value in content.values()):
         found = ", ".join(map(str, list(content)[:8])) or "nothing"
         raise CheckpointError(f"{path} has no {' or '.join(_ENTRIES[which])} weights; it holds: {found}")
+    odd = next((name for name, value in content.items() if not (isinstance(name, str) and _is_plain(value))), None)
+    if odd is not None:
+        raise CheckpointError(f"{path} has among its weights {odd!r}, which is no ordinary tensor with a name")
     weights = {name.removeprefix("module."): value for name, value in content.items()}
+    if len(weights) < len(content):
+        raise CheckpointError(f"{path} has weights twice, with and without 'module.' before their names")
     backbone = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")}
-    return backbone or weights
+    beside = tuple(name for name in weights if not name.startswith("backbone.")) if backbone else ()
+    return Weights(backbone or weights, entry, entries, beside)
 
 
 def _read_file(path: Path) -> Mapping:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors; no code is run from files: {_first_line(error)}"
-        ) from error
-    except (RuntimeError, EOFError) as error:  # what torch raises for a truncated or foreign file
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+        content = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _is_plain(value: object) -> bool:
+    """Numbers in memory: not sparse, quantized, or a shape without data, which would fail halfway through a load."""
+    if not isinstance(value, Tensor):
+        return False
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto") -> None:
+# ---- loading ----
+
+
+class LoadReport(NamedTuple):
+    """What a load did beside filling the model."""
+
+    entry: str
+    """Where in the file the weights were, see `Weights`."""
+    fresh: tuple[str, ...]
+    """Names of the model that stayed as they were."""
+    left_out: tuple[str, ...]
+    """Names of the file that the model has no use for."""
+
+    def __str__(self) -> str:
+        loaded = f"loaded {self.entry or 'the state dict'}"
+        return "; ".join([loaded, *_some("stayed as they were:", self.fresh), *_some("left out:", self.left_out)])
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto", new_head: bool = False) -> LoadReport:
     """Load the weights of a file into `model`, every one of them or none.
+
+    A dense backbone takes a classifier's file, too: without the classifier, and keeping its own norms and pyramid.
 
     Args:
         path, which: see `read_checkpoint`. Names of older publications are converted by the model.
+        new_head: leave the last linear layer as it is, whatever the file has: for another set of classes.
 
     Raises:
         CheckpointError: as `read_checkpoint`, or the first names that are missing, unexpected or of another shape.
+        ValueError: `new_head` for a model without a classifier.
     """
-    weights = read_checkpoint(path, which)
-    convert = getattr(model, "convert_state_dict", dict)
-    weights = convert(weights)
-    difference = describe_difference(weights, model.state_dict())
+    weights = find_weights(path, which)
+    own, found = model.state_dict(), weights.tensors
+    if hasattr(model, "convert_state_dict"):
+        try:
+            found = model.convert_state_dict(found)
+        except (ValueError, RuntimeError, LookupError) as error:  # a position embedding that is none
+            raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+    fresh, left_out = _parts_of_one_side(model, found, own)
+    if len(found) < len(weights.tensors):
+        if not isinstance(model, _BACKBONES):
+            raise CheckpointError(f"{path} has weights twice, under old and present names")
+        # Vim's drops class tokens while it converts, and renames nothing
+        left_out += [name for name in weights.tensors if name not in found]
+    head = _classifier_prefix(model)
+    if new_head:
+        if head is None:
+            raise ValueError(f"new_head=True needs a model with a classifier, not a {type(model).__name__}")
+        fresh += [name for name in own if name.startswith(head)]
+        left_out += [name for name in found if name.startswith(head)]
+    found, wanted = _without(found, left_out), _without(own, fresh)
+    difference = describe_difference(found, wanted)
     if difference:
-        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {difference}")
-    model.load_state_dict(weights, strict=True)
+        shared = (_without(names, [n for n in names if head and n.startswith(head)]) for names in (found, wanted))
+        hint = "" if describe_difference(*shared) else "; new_head=True keeps the model's own classifier"
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {difference}{hint}")
+    model.load_state_dict({**own, **found}, strict=True)
+    report = LoadReport(weights.entry, tuple(fresh), (*left_out, *weights.beside))
+    _log.info("%s: %s", path, report)
+    return report
 
 
-def describe_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], limit: int = 3) -> str:
-    """What keeps `found` from loading into `wanted`, the first `limit` names of each kind; "" if nothing does."""
+def _parts_of_one_side(
+    model: nn.Module, found: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> tuple[list[str], list[str]]:
+    """(names of a backbone that a classifier has not, names of a classifier that a backbone has not)"""
+    if not isinstance(model, _BACKBONES):
+        return [], []
+    of_backbone = any(_OF_BACKBONE.match(name) for name in found)
+    fresh = [] if of_backbone else [name for name in own if _OF_BACKBONE.match(name)]
+    return fresh, [name for name in found if name not in own and _OF_CLASSIFIER.match(name)]
 
-    def some(kind: str, names: list[str]) -> list[str]:
-        more = f" and {len(names) - limit} more" if len(names) > limit else ""
-        return [f"{kind} {', '.join(names[:limit])}{more}"] if names else []
 
+def _classifier_prefix(model: nn.Module) -> str | None:
+    """How the names of the layer that gives the logits begin; None for a model without one."""
+    if isinstance(model, _BACKBONES) or not hasattr(model, "get_classifier"):
+        return None
+    head = model.get_classifier()
+    return next((f"{name}." for name, module in model.named_modules() if module is head), None)
+
+
+def _without(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if name not in names}
+
+
+def describe_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """What keeps `found` from loading into `wanted`, the first names of each kind; "" if nothing does."""
     missing = [name for name in wanted if name not in found]
     unexpected = [name for name in found if name not in wanted]
     reshaped = [
@@ -103,4 +198,9 @@ def describe_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
         for name, value in wanted.items()
         if name in found and found[name].shape != value.shape
     ]
-    return "; ".join(some("missing", missing) + some("unexpected", unexpected) + some("other shapes:", reshaped))
+    return "; ".join([*_some("missing", missing), *_some("unexpected", unexpected), *_some("other shapes:", reshaped)])
+
+
+def _some(kind: str, names: Sequence[str], limit: int = 3) -> list[str]:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return [f"{kind} {', '.join(names[:limit])}{more}"] if names else []

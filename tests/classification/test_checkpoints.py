@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from classification.checkpoint import CheckpointStore, read_checkpoint
 from classification.errors import UserError
@@ -263,6 +263,18 @@ def test_eval_and_pretrained(cli, fails, full_run, tmp_path):
     for name in ("model", "model_ema"):
         for key, value in load_file(tmp_path / f"t/checkpoints/last/{name}.safetensors").items():
             torch.testing.assert_close(value, load_file(start)[key])
+    # of other classes only when asked for: all but the classifier then starts at them
+    other = {n: torch.cat([v, v]) if n.startswith("classifier.head.") else v for n, v in load_file(start).items()}
+    save_file(other, tmp_path / "other.safetensors")
+    begin = ["--pretrained", tmp_path / "other.safetensors", "--output", tmp_path / "h"]
+    fails(*begin, parts=("classifier.head.weight", "; --new-head keeps the model's own classifier"))
+    fails("--new-head", "--output", tmp_path / "h", parts=("--new-head goes with --pretrained",))
+    assert cli(*begin, "--new-head", *still).status == 0
+    for key, value in load_file(tmp_path / "h/checkpoints/last/model.safetensors").items():
+        if key.startswith("classifier.head."):
+            assert value.shape == load_file(start)[key].shape and not torch.equal(value, load_file(start)[key])
+        else:
+            torch.testing.assert_close(value, other[key])
     # weights of another model, and files that are none
     wrong = ["--pretrained", start, "--output", tmp_path / "w", "--opts", "MODEL.KWARGS.dims", 16]
     fails(*wrong, parts=(str(start), "patch_embed.0.weight"))

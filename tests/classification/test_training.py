@@ -32,7 +32,7 @@ def make(tiny_cfg):
 
     def build(opts: str = ""):
         cfg = load_config(str(tiny_cfg), opts.split())
-        return cfg, prepare(cfg, CPU, 5, None, None)
+        return cfg, prepare(cfg, CPU, 5, None, None, False)
 
     return build
 

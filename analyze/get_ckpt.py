@@ -1,0 +1,151 @@
+"""Official weights as a plain .safetensors file: today's names, no prefixes, nothing else in it; no code is run.
+
+python analyze/get_ckpt.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny_s1l8.safetensors [--which auto|model|ema]
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from classification.errors import UserError
+from classification.fileio import sync_folder, write_synced
+from ssm_models import CheckpointError
+from ssm_models.checkpoint import describe_difference, find_weights
+
+# family: module of the zoo, and a name that only its models have
+_FAMILIES = {
+    "vmamba": ("vssm", re.compile(r"layers\.\d+\.blocks\.\d+\.(op|self_attention)\.")),
+    "vim": ("vim", re.compile(r"layers\.\d+\.mixer\.")),
+    "vssd": ("vssd", re.compile(r"layers\.\d+\.blocks\.\d+\.cpe1\.")),
+}
+_BODY = re.compile(r"patch_embed|pos_embed|cls_token|rope|layers|norm_f")  # what classifiers and backbones share
+_BUFFER = re.compile(r".*\.(running_mean|running_var|num_batches_tracked)|rope\.")
+
+
+class Recognised(NamedTuple):
+    tensors: dict[str, Tensor]
+    """With today's names and shapes, if there is such a model."""
+    family: str | None
+    model: str | None
+    """A registered model with these weights, the classifier's number of classes apart."""
+
+
+def recognise(tensors: dict[str, Tensor]) -> Recognised:
+    """Whose weights are these? Known by their names and shapes; no value is changed."""
+    for family, (module, pattern) in _FAMILIES.items():
+        if not any(pattern.match(name) for name in tensors):
+            continue
+        for name in timm.list_models(module=module):
+            model = _shell(name)
+            try:
+                converted = model.convert_state_dict(tensors) if hasattr(model, "convert_state_dict") else tensors
+            except ValueError:  # a position embedding that no grid of this model can come from
+                continue
+            kept = list(map(Tensor.numel, converted.values())) == list(map(Tensor.numel, tensors.values()))
+            if kept and not describe_difference(_body(converted), _body(model.state_dict())):
+                return Recognised(converted, family, name)
+        return Recognised(tensors, family, None)
+    return Recognised(tensors, None, None)
+
+
+@cache
+def _shell(name: str) -> nn.Module:
+    """A registered model without memory."""
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def _body(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if _BODY.match(name)}
+
+
+def convert(source: Path, target: Path, which: str = "auto", overwrite: bool = False) -> str:
+    """Write the weights of `source` to `target`, completely or not at all; returns an account of it.
+
+    Raises:
+        UserError: an unreadable or refused file, no such weights, or a `target` that exists or has another suffix.
+    """
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target} must end in .safetensors, which is what readers go by")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; --overwrite replaces it")
+    try:
+        weights = find_weights(source, which)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    tensors, family, model = recognise(weights.tensors)
+    # a copy each, because the format has no tensors that share memory
+    tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    data = save(tensors, metadata={"format": "pt"})
+    source_sum = _sha256(source)
+    _write(target, data)
+
+    parameters = sum(math.prod(value.shape) for name, value in tensors.items() if not _BUFFER.match(name))
+    held = f"the file holds {', '.join(weights.entries)}" if weights.entries else "the file is a state dict"
+    left_out = f"; left out: {len(weights.beside)} tensors beside the backbone" if weights.beside else ""
+    lines = [
+        ("read", source),
+        ("sha256", source_sum),
+        ("weights", f"{weights.entry or 'all'} ({held}){left_out}"),
+        ("family", family or "unknown"),
+        ("model", model or "none of the registered ones; names are those of the file"),
+        ("numbers", f"{len(tensors)} tensors, {parameters:,} parameters"),
+        ("wrote", target),
+        ("sha256", hashlib.sha256(data).hexdigest()),
+    ]
+    return "\n".join(f"{key:<8} {value}" for key, value in lines)
+
+
+def _write(target: Path, data: bytes) -> None:
+    aside = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_synced(aside, data)
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="analyze/get_ckpt.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("source", type=Path, metavar="IN", help="a file of torch.save or a .safetensors file")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument(
+        "--which", default="auto", choices=("auto", "model", "ema"), help="auto: the plain weights, else the averaged"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    args = parser.parse_args(argv)
+    try:
+        print(convert(args.source, args.target, args.which, args.overwrite))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
