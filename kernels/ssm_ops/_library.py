@@ -7,7 +7,9 @@ chosen implementation travels as the operator's last argument ``impl``, so that 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -32,6 +34,22 @@ def _default_impl() -> str:
 
 DEFAULT_IMPL = _default_impl()
 """What ``impl="auto"`` means; from the environment variable ``SSM_OPS_IMPL``, read once, here."""
+
+
+TRITON_NEEDED = (3, 3)  # has tl.gather
+
+
+def _triton_problem() -> str | None:
+    """Why the Triton kernels cannot be compiled; without importing triton, which takes a second."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build of another name (pytorch-triton), made for its torch
+        return None
+    if tuple(map(int, version.split(".")[:2])) < TRITON_NEEDED:
+        return f"triton {version} is too old: the kernels need {'.'.join(map(str, TRITON_NEEDED))}, with torch 2.7"
+    return None
 
 
 # ---- which implementation runs where -------------------------------------------------------------------------------
@@ -79,7 +97,7 @@ def declare(
 
 
 # What this process has, found out once: a compiler that traces `resolve` must not meet searches of the file system.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_NO_TRITON = _triton_problem()
 _INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -93,8 +111,8 @@ def why_unavailable(operator: Operator, impl: str, device_type: str, dtype: torc
     if impl != "reference" and None not in (dtype, operator.kernel_dtypes) and dtype not in operator.kernel_dtypes:
         return f"it computes in {', '.join(map(str, operator.kernel_dtypes))}, not in {dtype}"
     if impl == "triton":
-        if not _HAS_TRITON:
-            return "triton is not installed: pip install triton"
+        if _NO_TRITON is not None:
+            return _NO_TRITON
         if device_type == "cpu" and not _INTERPRETS_TRITON:
             return "triton runs on CPU tensors only under TRITON_INTERPRET=1"
         if device_type == "cpu":
@@ -180,5 +198,7 @@ def register(operator: Operator, schema: str, fake: Callable, launcher: str):
 
 
 def no_autocast(device_type: str):
-    """Context in which autocast is off for this kind of device."""
+    """Context in which autocast is off for this kind of device; there is none for shapes alone (meta)."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
     return torch.autocast(device_type=device_type, enabled=False)

@@ -1,11 +1,14 @@
 """What every public operator promises to PyTorch: opcheck, no graph breaks, no recompilation per size, export."""
 
+import importlib.metadata
+import importlib.util
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ssm_ops import cross_merge, cross_scan, selective_scan
-from ssm_ops._library import resolve
+from ssm_ops._library import _triton_problem, resolve
 from ssm_ops.cross_scan import ops as cross_ops
 from ssm_ops.selective_scan import ops as scan_ops
 from tests.kernels.common import scan_inputs, to_dtype
@@ -113,3 +116,23 @@ def test_unavailable_implementation_raises_and_tells_the_way_out():
         RuntimeError, match="impl='cuda' is not available on cpu.*Available here: .*reference.*pip install"
     ):
         selective_scan(**inputs, impl="cuda")
+
+
+def test_operators_give_shapes_on_meta_tensors():
+    i = {n: x if x is None else x.float().to("meta") for n, x in detached(scan_inputs(2, 4, 10, 3)).items()}
+    out, last = selective_scan(**i, return_last_state=True)
+    assert (out.shape, last.shape, out.device.type) == ((2, 4, 10), (2, 4, 3), "meta")
+    assert cross_scan(torch.empty(2, 3, 4, 5, device="meta")).shape == (2, 4, 3, 20)
+
+
+@pytest.mark.parametrize(("version", "problem"), [("3.2.0", "triton 3.2.0 is too old"), ("3.3.1", None), (None, None)])
+def test_triton_that_is_too_old_is_not_taken(monkeypatch, version, problem):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    found = _triton_problem()
+    assert found is None if problem is None else found.startswith(problem)
