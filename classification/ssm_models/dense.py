@@ -96,6 +96,8 @@ class DenseVisionMamba(VisionMamba):
         depth, stride = len(self.layers), self.patch_embed.stride
         if not out_indices or any(not 0 <= i < depth for i in out_indices):
             raise ValueError(f"out_indices={tuple(out_indices)} must name blocks 0..{depth - 1}")
+        if len(set(out_indices)) < len(out_indices):
+            raise ValueError(f"out_indices={tuple(out_indices)} names a block twice")
         if if_fpn and (stride not in _FPNS or len(out_indices) not in (1, 4)):
             raise ValueError(
                 f"if_fpn makes four maps of one or four out_indices at stride 16 or 8, not of {tuple(out_indices)} at "
@@ -125,11 +127,12 @@ class DenseVisionMamba(VisionMamba):
         if not self.use_residual_as_feature:
             return hidden
         if index < len(self.layers) - 1:
-            return residual + hidden
+            return self._stream(hidden, residual)
         if self.last_layer_process == "none":
             return hidden
-        x = residual + hidden
-        return x if self.last_layer_process == "add" else self._final_norm(x)
+        return (
+            self._stream(hidden, residual) if self.last_layer_process == "add" else self._final_norm(residual + hidden)
+        )
 
 
 def _fpn_of_stride_16(dim: int) -> tuple[nn.Module, ...]:

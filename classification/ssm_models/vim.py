@@ -24,13 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers.bimamba import BiMamba
 from .layers.norm import RMSNorm
-from .layers.pos_embed import class_token_rows, resize_pos_embed
+from .layers.pos_embed import class_token_rows, insert_rows, resize_pos_embed, split_rows
 from .layers.rope import GridRope
 
 __all__ = ["VisionMamba"]
 
 POOL_TYPES = ("none", "mean", "max", "all")
 CLS_MODES = ("middle", "head", "tail", "double", "random")
+CLS_TOKENS = ("cls_token", "cls_token_head", "cls_token_tail")
 # timm's names for the same
 _TIMM_POOLS = {"": "all", "avg": "mean"}
 
@@ -97,8 +98,8 @@ class VisionMamba(nn.Module):
         residual_in_fp32: keep the residual stream in float32 at least.
         pt_hw_seq_len: side of the grid that rotary positions are counted on.
         if_bidirectional: run blocks in pairs, the second one over the reversed sequence, and add the two.
-        final_pool_type: without a class token: "none" takes the last token, "mean" and "max" all tokens (max over their
-            logits), "all" gives logits of every token, (B, L, classes).
+        final_pool_type: without a class token: "none" takes the last patch, "mean" and "max" all patches (max over
+            their logits), "all" gives logits of every token, (B, L, classes).
         if_abs_pos_embed: learned position embedding.
         if_rope, if_rope_residual: rotate the hidden state, and also the residual stream, before every block.
         flip_img_sequences_ratio: probability of reversing the sequence (while training; from 1 on always).
@@ -108,7 +109,9 @@ class VisionMamba(nn.Module):
         cls_mode: instead of the two `use_` flags: "middle", "head", "tail", "double" or "random" (anywhere while
             training, in the middle else).
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
-        scan_impl: implementation of the operators, see `ssm_ops`.
+        global_pool: timm's name for the pooling, also beside class tokens: "token", "avg" or "mean", "max", "none", and
+            "" or "all". None leaves it to the class token and `final_pool_type`.
+        scan_impl: implementation of the scan, see `BiMamba`.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class VisionMamba(nn.Module):
         use_middle_cls_token: bool = True,
         cls_mode: str | None = None,
         use_checkpoint: bool = False,
+        global_pool: str | None = None,
         scan_impl: str = "auto",
     ):
         super().__init__()
@@ -160,7 +164,9 @@ class VisionMamba(nn.Module):
         self.if_bidirectional = if_bidirectional
         self.flip_ratio = flip_img_sequences_ratio
         self.rope_residual = if_rope_residual
-        self.set_pool("token" if if_cls_token else final_pool_type)
+        self.set_pool(final_pool_type)
+        if if_cls_token or global_pool is not None:
+            self.set_pool("token" if global_pool is None else global_pool)
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride)
         self.grid = self._grid_of(*to_2tuple(img_size))
@@ -178,7 +184,7 @@ class VisionMamba(nn.Module):
             return RMSNorm(embed_dim, norm_epsilon) if rms_norm else nn.LayerNorm(embed_dim, norm_epsilon)
 
         # a block drops what the block before it made: the published schedule, shifted by one
-        rates = [0.0, *(drop_path_rate * i / max(depth - 1, 1) for i in range(depth))]
+        rates = [0.0, *(drop_path_rate * i / (depth - 1) for i in range(depth - 1))]
         self.layers = nn.ModuleList(
             VimBlock(
                 embed_dim,
@@ -195,9 +201,9 @@ class VisionMamba(nn.Module):
                 rate,
                 residual_in_fp32,
             )
-            for rate in rates[:depth]
+            for rate in rates
         )
-        self.drop_path = DropPath(rates[depth])
+        self.drop_path = DropPath(drop_path_rate)
         self.norm_f = norm()
         self.feature_info = [{"num_chs": embed_dim, "reduction": stride, "module": f"layers.{i}"} for i in range(depth)]
         self._init_weights()
@@ -240,8 +246,7 @@ class VisionMamba(nn.Module):
         grid = self._grid_of(*x.shape[2:])
         x = self.patch_embed(x)
         rows = class_token_rows(self._resting_mode(), x.shape[1])
-        for row, token in zip(rows, self.class_tokens(), strict=True):
-            x = torch.cat([x[:, :row], token.expand(x.shape[0], -1, -1).to(x.dtype), x[:, row:]], 1)
+        x = insert_rows(x, [token.expand(x.shape[0], -1, -1).to(x.dtype) for token in self.class_tokens()], rows)
         order = None
         if self.cls_mode == "random" and self.training:
             order = _anywhere(x.shape[1], x.device)
@@ -313,15 +318,15 @@ class VisionMamba(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Normed tokens (B, L, C) -> logits (B, classes); of every token (B, L, classes) with pooling "all".
 
-        With `pre_logits` what the linear layer would see: (B, C), or (B, L, C) with pooling "all" and "max".
+        With `pre_logits` what the linear layer would see: (B, C), but tokens with pooling "all" and "max".
         """
-        if self.pool_type == "token":
-            rows = class_token_rows(self._resting_mode(), x.shape[1] - len(self.class_tokens()))
-            x = sum(x[:, row] for row in rows) / len(rows)
+        if self.pool_type != "all":
+            patches, tokens = self._split(x)
+            x = tokens if self.pool_type == "token" else patches
+        if self.pool_type in ("token", "mean"):
+            x = x.mean(1)
         elif self.pool_type == "none":
             x = x[:, -1]
-        elif self.pool_type == "mean":
-            x = x.mean(1)
         if pre_logits:
             return x
         x = self.head(x)
@@ -341,7 +346,7 @@ class VisionMamba(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ):
-        """The residual stream after blocks; with `if_bidirectional` after their pair.
+        """The residual stream after blocks; with `if_bidirectional` after their pair. In the dtype of the weights.
 
         Args:
             indices: the last n blocks, the given ones, or all.
@@ -361,22 +366,23 @@ class VisionMamba(nn.Module):
         hidden, residual, taps = self.forward_blocks(x, order, grid, wanted, last if stop_early else None)
         intermediates = []
         for pair in taps:
-            tokens = self._final_norm(sum(pair)) if norm else sum(pair)
-            patches, prefix = self._without_class_tokens(tokens)
+            patches, tokens = self._split(self._final_norm(sum(pair)) if norm else self._stream(*pair))
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, grid)
             patches = patches.contiguous()
-            intermediates.append((patches, prefix) if return_prefix_tokens else patches)
+            intermediates.append((patches, tokens) if return_prefix_tokens else patches)
         if intermediates_only:
             return intermediates
         return self._final_norm(residual + self.drop_path(hidden)), intermediates
 
-    def _without_class_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, C) -> (B, h*w, C) and (B, class tokens, C)"""
-        rows = class_token_rows(self._resting_mode(), x.shape[1] - len(self.class_tokens()))
-        edges = [-1, *rows, x.shape[1]]
-        patches = torch.cat([x[:, a + 1 : b] for a, b in zip(edges[:-1], edges[1:], strict=True)], 1)
-        return patches, torch.cat([x[:, :0], *(x[:, row : row + 1] for row in rows)], 1)
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) -> patches (B, h*w, C) and class tokens (B, number, C)"""
+        patches, tokens = split_rows(x, class_token_rows(self._resting_mode(), x.shape[1] - len(self.class_tokens())))
+        return patches, torch.cat([x[:, :0], *tokens], 1)
+
+    def _stream(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """The residual stream behind a block in the dtype of the weights, as the norms give it."""
+        return (residual + hidden).to(self.patch_embed.proj.weight.dtype)
 
     # ---- what timm expects of a model ----
 
@@ -385,7 +391,7 @@ class VisionMamba(nn.Module):
         pool_type = _TIMM_POOLS.get(pool_type, pool_type)
         legal = POOL_TYPES if self.cls_mode == "none" else ("token", *POOL_TYPES)
         if pool_type not in legal:
-            raise ValueError(f"final_pool_type={pool_type!r} is not one of {', '.join(legal)}")
+            raise ValueError(f"pooling {pool_type!r} is not one of {', '.join(legal)}")
         self.pool_type = pool_type
 
     def get_classifier(self) -> nn.Module:
@@ -397,7 +403,7 @@ class VisionMamba(nn.Module):
             self.set_pool(global_pool)
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         _init_head(self.head)
-        self.head.to(self.patch_embed.proj.weight.device)
+        self.head.to(self.patch_embed.proj.weight)  # its device and dtype
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for block in self.layers:
@@ -461,7 +467,9 @@ def checkpoint_filter_fn(
 ) -> dict[str, Tensor]:
     """Bring a published state dict to the grid of `model`; one in this form stays as it is.
 
-    The position embedding is resized, rows of class tokens apart; tables of rotary positions are the model's own.
+    The position embedding is resized, rows of class tokens apart; tables of rotary positions are the model's own. A
+    model with neither class tokens nor classifier, a backbone, drops the tokens and their rows. Other differences are
+    left to the strict loading.
 
     Args:
         legacy_pos_embed: resize as the original code did: the first row stays, whatever it belongs to, and the others,
@@ -472,19 +480,26 @@ def checkpoint_filter_fn(
     for name in ("rope.freqs_cos", "rope.freqs_sin"):
         if name in converted and name in own and converted[name].shape != own[name].shape:
             converted[name] = own[name]
+    tokens, kept = sum(name in converted for name in CLS_TOKENS), len(model.class_tokens())
+    if not kept and "head.weight" not in own:
+        converted = {name: value for name, value in converted.items() if name not in CLS_TOKENS}
+    elif tokens != kept:
+        return converted
     pos_embed = converted.get("pos_embed")
     if pos_embed is None or "pos_embed" not in own:
         return converted
-    tokens = 2 if "cls_token_head" in converted else 1 if "cls_token" in converted else 0
-    if pos_embed.shape == own["pos_embed"].shape and tokens == len(model.class_tokens()):
+    if tokens == kept and pos_embed.shape == own["pos_embed"].shape:
         return converted
     patches, wanted = pos_embed.shape[1] - tokens, math.prod(model.grid)
-    side = math.isqrt(patches)
-    if patches != wanted and side * side != patches:
-        raise ValueError(f"pos_embed has {patches} rows of patches, neither {wanted} nor those of a square image")
+    side = math.isqrt(max(patches, 0))
+    if patches != wanted and (side == 0 or side * side != patches):
+        raise ValueError(
+            f"pos_embed of {pos_embed.shape[1]} rows has {patches} beside {tokens} class tokens: neither the {wanted} "
+            f"of a {model.grid[0]}x{model.grid[1]} grid nor those of a square one"
+        )
     old_grid = model.grid if patches == wanted else (side, side)
     if legacy_pos_embed:
-        old_rows, new_rows = range(tokens), range(len(model.class_tokens()))
+        old_rows, new_rows = range(tokens), range(kept)
     else:
         old_rows = class_token_rows({0: "none", 1: model.published_mode, 2: "double"}[tokens], patches)
         new_rows = class_token_rows(model._resting_mode(), wanted)

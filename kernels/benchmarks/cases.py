@@ -18,8 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_ops import causal_conv1d, cross_merge, cross_scan, nc_ssd, selective_scan, ss2d_scan, ssd_chunk_scan
+from ssm_ops import (
+    bidirectional_scan,
+    causal_conv1d,
+    cross_merge,
+    cross_scan,
+    nc_ssd,
+    selective_scan,
+    ss2d_scan,
+    ssd_chunk_scan,
+)
 from ssm_ops._library import OPERATORS, available
+from ssm_ops.bidirectional_scan.impl.reference import composition as reversed_copies
 
 STAGES = ((192, 56), (384, 28), (768, 14), (1536, 7))  # VMamba-T: (D, S) of ratio 2; half the channels for ratio 1
 SSD_STAGES = ((2, 56), (4, 28), (8, 14), (16, 7))  # VSSD-T: (H, S)
@@ -142,6 +152,26 @@ def composition(x, proj, weight, A, D, bias):
     return cross_merge(y.unflatten(1, (K, -1)).unflatten(3, size)).unflatten(2, size)
 
 
+def _bidirectional_scan(size, batch, states, impls, **kind) -> Iterator[Case]:
+    """The fused operator against the composition of the fastest scan with reversed copies."""
+    dim, length = VIM_SIZES[size]
+    rank = dim // 32  # a sixteenth of the width of the model
+    for n_state in states:
+        x, back = (_leaf(batch, length, dim, **kind) for _ in range(2))
+        proj = _leaf(batch, length, 2 * (rank + 2 * n_state), **kind)
+        weight = _leaf(2, dim, rank, device=kind["device"], dtype=torch.float32, scale=rank**-0.5)
+        vectors = [_leaf(2 * dim, device=kind["device"], dtype=torch.float32) for _ in range(2)]
+        ways = {"composition": functools.partial(reversed_copies, out_dtype=kind["dtype"], impl="auto")}
+        yield Case(
+            "bidirectional_scan",
+            f"B{batch} L{length} D{dim} N{n_state} R{rank}",
+            (x, back, proj, weight, _decay(2 * dim, n_state, device=kind["device"]), *vectors),
+            ways | _ways(bidirectional_scan, [i for i in impls if i != "reference"]),
+            3 * _bytes(x) + _bytes(proj),
+            5 * _bytes(x) + 2 * _bytes(proj),
+        )
+
+
 def _cross(operator, size, batch, states, impls, **kind) -> Iterator[Case]:
     """Scan or merge, channel-first: one map, four routes."""
     dim, side = STAGES[size]
@@ -194,6 +224,7 @@ def padded_conv1d(x, weight, bias):
 MAKERS = {
     "selective_scan": _selective_scan,
     "ss2d_scan": _ss2d_scan,
+    "bidirectional_scan": _bidirectional_scan,
     "cross_scan": functools.partial(_cross, cross_scan),
     "cross_merge": functools.partial(_cross, cross_merge),
     "ssd_chunk_scan": functools.partial(_ssd, ssd_chunk_scan),

@@ -1,6 +1,7 @@
 """Fast scan operators for vision state-space models. `python -m ssm_ops` tells what runs where."""
 
 from ._flops import flop_formulas, register_flop_formulas
+from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
 from .cross_scan import cross_merge, cross_scan
 from .nc_ssd import nc_ssd
@@ -11,6 +12,7 @@ from .ssd import ssd_chunk_scan
 __version__ = "0.1.0"
 
 __all__ = [
+    "bidirectional_scan",
     "causal_conv1d",
     "cross_merge",
     "cross_scan",

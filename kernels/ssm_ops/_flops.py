@@ -81,6 +81,18 @@ def ss2d_scan_bwd(convention: str, dout, x: Shape, proj, dt_weight: Shape, A: Sh
     return dt_weight[0] * prod(x) * (_SELECTIVE_SCAN[convention].backward * A[1] + 4 + 6 * dt_weight[2])
 
 
+def bidirectional_scan_fwd(convention: str, x: Shape, back, proj, dt_weight: Shape, A: Shape, *_, out_shape) -> int:
+    """As `ss2d_scan`, of two scans."""
+    return ss2d_scan_fwd(convention, x, proj, dt_weight, A, out_shape=out_shape)
+
+
+def bidirectional_scan_bwd(
+    convention: str, dout, x: Shape, back, proj, dt_weight: Shape, A: Shape, *_, out_shape
+) -> int:
+    """As `ss2d_scan`, of two scans."""
+    return ss2d_scan_bwd(convention, dout, x, proj, dt_weight, A, out_shape=out_shape)
+
+
 def ssd_chunk_scan_fwd(convention: str, x: Shape, dt, A, B: Shape, *rest, out_shape) -> int:
     """Per chunk C B^T of T x T in N, its product with x, the next state, and the last state's part of y."""
     if convention == "recurrence":
@@ -141,6 +153,8 @@ _FORMULAS = (
     selective_scan_bwd,
     ss2d_scan_fwd,
     ss2d_scan_bwd,
+    bidirectional_scan_fwd,
+    bidirectional_scan_bwd,
     ssd_chunk_scan_fwd,
     ssd_chunk_scan_bwd,
     nc_ssd_fwd,

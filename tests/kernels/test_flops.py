@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ssm_models  # noqa: F401  registers the formulas
 import ssm_ops
 from ssm_ops import causal_conv1d, cross_merge, cross_scan, flop_formulas, nc_ssd, selective_scan, ssd_chunk_scan
+from ssm_ops.bidirectional_scan.impl.reference import composition as reversed_copies
 from ssm_ops.ss2d_scan.impl.reference import composition
 
 OPS = torch.ops.ssm_ops
@@ -178,6 +179,23 @@ def test_ss2d_scan_costs_what_its_composition_costs(convention):
     tokens = BATCH * 4 * D * height * width
     assert fused == forward == product + tokens * (per_state[0] * N + 2)
     # the composition keeps the step sizes, the fused operator computes them again
+    assert fused_backward - product == backward == 2 * product + tokens * (per_state[1] * N + 4)
+
+
+@pytest.mark.parametrize("convention", ["hardware_aware", "recurrence"])
+def test_bidirectional_scan_costs_what_its_composition_costs(convention):
+    length, rank = 7, 2
+    inputs = leaf(BATCH, length, D), leaf(BATCH, length, D), leaf(BATCH, length, 2 * (rank + 2 * N))
+    parameters = leaf(2, D, rank), leaf(2 * D, N), leaf(2 * D), leaf(2 * D)
+    call = lambda: reversed_copies(*inputs, *parameters, torch.float32, "auto")  # noqa: E731
+    forward, backward = forward_and_backward(call, convention)
+
+    made, outs = [t.detach().to("meta") for t in (*inputs, *parameters)], []
+    fused = count(lambda: outs.extend(OPS.bidirectional_scan_fwd(*made, torch.float32, "cpu")), convention)
+    fused_backward = count(lambda: OPS.bidirectional_scan_bwd(outs[0], *made, outs[1], "cpu"), convention)
+    product, tokens = 2 * BATCH * 2 * D * length * rank, BATCH * 2 * D * length
+    per_state = {"hardware_aware": (18, 42), "recurrence": (7, 20)}[convention]
+    assert fused == forward == product + tokens * (per_state[0] * N + 2)
     assert fused_backward - product == backward == 2 * product + tokens * (per_state[1] * N + 4)
 
 

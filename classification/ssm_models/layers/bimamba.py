@@ -2,7 +2,7 @@
 
 Zhu et al. 2024, "Vision Mamba", algorithm 1 (https://arxiv.org/abs/2401.09417).
 
-Shapes: B batch, L tokens, C channels of the model, E channels of the scan, N state, R rank of dt, S directions.
+Shapes: B batch, L tokens, C channels of the model, E channels of the scan, N state, R rank of dt.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor
 
-from ssm_ops import causal_conv1d, selective_scan
+from ssm_ops import bidirectional_scan, causal_conv1d, selective_scan
 
+from .norm import Linear
 from .ssm_init import mamba_dt_bias
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
@@ -25,7 +26,7 @@ BIMAMBA_TYPES = ("none", "v1", "v2")
 class BiMamba(nn.Module):
     """in_proj -> [causal conv -> SiLU -> scan] forwards and backwards -> sum -> times gate -> out_proj.
 
-    Both directions are one convolution and one scan of twice the channels, the second half on the reversed sequence.
+    Both directions are one operator, `ssm_ops.bidirectional_scan`; activations stay (B, L, E) all the way.
 
     Args:
         d_model: C.
@@ -38,7 +39,8 @@ class BiMamba(nn.Module):
             (published) has parameters of its own for the way back, named `*_b`.
         if_divide_out: halve the sum of the two directions; only "v2" does.
         init_layer_scale: initial value of factors per channel of the output, `gamma`; None for none.
-        impl: implementation of the operators, see `ssm_ops`; under timm's exportable flag "reference" is taken.
+        impl: implementation of the scan, see `ssm_ops`; the convolution takes the fastest there is, or "reference" with
+            the scan. Under timm's exportable flag both do.
     """
 
     def __init__(
@@ -78,17 +80,17 @@ class BiMamba(nn.Module):
             self.A_b_log = decay()
         if bimamba_type == "v2":
             self.D_b = nn.Parameter(torch.ones(d_inner))
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
+        self.in_proj = Linear(d_model, 2 * d_inner, bias=bias)
         self.conv1d = conv()
-        self.x_proj = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)  # rows: dt (R), B (N), C (N)
+        self.x_proj = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)  # rows: dt (R), B (N), C (N)
         self.dt_proj = nn.Linear(self.dt_rank, d_inner)
         if bimamba_type == "v2":
             self.conv1d_b = conv()
-            self.x_proj_b = nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
+            self.x_proj_b = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
             self.dt_proj_b = nn.Linear(self.dt_rank, d_inner)
             # The published models start the way back without Mamba's initial step sizes: softplus(0) = 0.69.
             nn.init.zeros_(self.dt_proj_b.bias)
-        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+        self.out_proj = Linear(d_inner, d_model, bias=bias)
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         with torch.no_grad():
@@ -96,49 +98,55 @@ class BiMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> the same."""
-        x, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)  # (B, E, L) each
-        if self.bimamba_type == "none":
-            y = self._scan(self._conv(x, [self.conv1d]), [self.x_proj], [self.dt_proj], [self.A_log], [self.D])
-        else:
-            forwards, backwards = self._both_ways(x).chunk(2, dim=1)
-            y = forwards + backwards.flip(2)
-        y = y * F.silu(z)
-        y = self.out_proj((0.5 * y if self.halve else y).transpose(1, 2))
+        x, z = self.in_proj(x).chunk(2, dim=2)  # (B, L, E) each
+        y = self._forwards(x) if self.bimamba_type == "none" else self._both_ways(x)
+        if self.halve:
+            y = 0.5 * y
+        y = self.out_proj(y * F.silu(z))
         return y if self.gamma is None else y * self.gamma
 
+    def _conv(self, x: Tensor, conv: nn.Conv1d, reverse: bool = False) -> Tensor:
+        """(B, L, E) -> SiLU of the causal convolution, from the end with `reverse`."""
+        impl = "reference" if self.impl == "reference" else "auto"
+        u = causal_conv1d(x.mT, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse, impl=impl)
+        return u.mT
+
     def _both_ways(self, x: Tensor) -> Tensor:
-        """(B, E, L) -> (B, 2E, L): the scan, then the scan of the reversed sequence, still reversed."""
-        decays = [self.A_log, self.A_b_log]
-        if self.bimamba_type == "v1":
-            u = self._conv(x, [self.conv1d])  # causal forwards for both directions, as published
-            u = torch.cat([u, u.flip(2)], 1)
-            return self._scan(u, [self.x_proj] * 2, [self.dt_proj] * 2, decays, [self.D] * 2)
-        u = self._conv(torch.cat([x, x.flip(2)], 1), [self.conv1d, self.conv1d_b])
-        return self._scan(u, [self.x_proj, self.x_proj_b], [self.dt_proj, self.dt_proj_b], decays, [self.D, self.D_b])
+        """(B, L, E) -> the sum of the scans in both directions."""
+        shared = self.bimamba_type == "v1"
+        there = self._conv(x, self.conv1d)
+        # v1 convolves forwards for both ways, as published
+        back = there if shared else self._conv(x, self.conv1d_b, reverse=True)
+        x_proj, dt_proj, D = (
+            (self.x_proj, self.dt_proj, self.D) if shared else (self.x_proj_b, self.dt_proj_b, self.D_b)
+        )
+        return bidirectional_scan(
+            there,
+            back,
+            torch.cat([self.x_proj(there), x_proj(back)], 2).to(there.dtype),
+            _at_least_float32(torch.stack([self.dt_proj.weight, dt_proj.weight])),
+            -torch.cat([_at_least_float32(self.A_log), _at_least_float32(self.A_b_log)]).exp(),
+            _at_least_float32(torch.cat([self.D, D])),
+            _at_least_float32(torch.cat([self.dt_proj.bias, dt_proj.bias])),
+            impl=self.impl,
+        )
 
-    def _conv(self, x: Tensor, convs: list[nn.Conv1d]) -> Tensor:
-        """(B, S*E, L) -> SiLU of the causal convolutions, one per direction."""
-        weight = torch.cat([conv.weight for conv in convs]).squeeze(1)
-        bias = None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
-        return causal_conv1d(x, weight, bias, activation="silu", impl=self.impl)
-
-    def _scan(self, u: Tensor, x_projs, dt_projs, A_logs, Ds) -> Tensor:
-        """(B, S*E, L) -> the same; lists of S modules and parameters."""
-        by_direction = u.unflatten(1, (len(A_logs), -1))
-        projected = torch.stack([proj.weight for proj in x_projs]) @ by_direction  # (B, S, R + 2N, L)
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        delta = torch.stack([proj.weight for proj in dt_projs]) @ dt  # (B, S, E, L)
-        return selective_scan(
-            u,
-            delta.flatten(1, 2).to(u.dtype),
-            -torch.cat([_at_least_float32(A_log) for A_log in A_logs]).exp(),
-            B.to(u.dtype),
-            C.to(u.dtype),
-            torch.cat([_at_least_float32(D) for D in Ds]),
-            torch.cat([_at_least_float32(proj.bias) for proj in dt_projs]),
+    def _forwards(self, x: Tensor) -> Tensor:
+        """(B, L, E) -> the scan from the first token to the last."""
+        u = self._conv(x, self.conv1d)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+        y = selective_scan(
+            u.mT,
+            F.linear(dt, self.dt_proj.weight).mT.to(u.dtype),
+            -_at_least_float32(self.A_log).exp(),
+            B.mT.to(u.dtype),
+            C.mT.to(u.dtype),
+            _at_least_float32(self.D),
+            _at_least_float32(self.dt_proj.bias),
             delta_softplus=True,
             impl=self.impl,
         )
+        return y.mT
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

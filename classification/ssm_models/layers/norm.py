@@ -44,15 +44,16 @@ class Linear(nn.Linear):
 
     In float32 on the CPU it is computed as a 1x1 convolution of a channels-last map of height 1. That is the same
     product, but by oneDNN, whose kernels use the whole vector unit of every processor; the BLAS of most builds of
-    PyTorch (MKL) does so on Intel's only, and elsewhere takes up to twice the time.
+    PyTorch (MKL) does so on Intel's only, and elsewhere takes up to twice the time. oneDNN is fast where channels fill
+    blocks of 16; other sizes are left to the BLAS.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.exportable = is_exportable()
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.convolves = in_features % 16 == 0 == out_features % 16 and not is_exportable()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 3 or self.exportable:
+        if not self.convolves or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 3:
             return super().forward(x)
         image = x.flatten(1, -2).transpose(1, 2).unsqueeze(2)  # (B, C, 1, tokens)
         y = F.conv2d(image, self.weight[:, :, None, None], self.bias)

@@ -21,6 +21,22 @@ def class_token_rows(mode: str, patches: int) -> tuple[int, ...]:
     }[mode]
 
 
+def insert_rows(patches: Tensor, tokens: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """(B, M, C) and tokens (B, 1, C) -> (B, M + tokens, C) with token i at place rows[i], in ascending order."""
+    for token, row in zip(tokens, rows, strict=True):
+        patches = torch.cat([patches[:, :row], token, patches[:, row:]], 1)
+    return patches
+
+
+def split_rows(x: Tensor, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """The way back: (B, M + tokens, C) -> (B, M, C) and the tokens, (B, 1, C) each."""
+    if not rows:
+        return x, []
+    edges = [-1, *rows, x.shape[1]]
+    patches = torch.cat([x[:, a + 1 : b] for a, b in zip(edges[:-1], edges[1:], strict=True)], 1)
+    return patches, [x[:, row : row + 1] for row in rows]
+
+
 def resize_pos_embed(
     pos_embed: Tensor,
     old_grid: Sequence[int],
@@ -38,18 +54,15 @@ def resize_pos_embed(
     Returns:
         (1, new h * new w + number of new rows, C).
     """
-    patch_rows = [i for i in range(pos_embed.shape[1]) if i not in old_rows]
-    if len(patch_rows) != old_grid[0] * old_grid[1]:
+    patches, tokens = split_rows(pos_embed, old_rows)
+    if patches.shape[1] != old_grid[0] * old_grid[1]:
         raise ValueError(
             f"pos_embed of {pos_embed.shape[1]} rows is not one of a {old_grid[0]}x{old_grid[1]} grid with "
             f"{len(old_rows)} class tokens"
         )
-    patches = pos_embed[:, patch_rows]
     if tuple(old_grid) != tuple(new_grid):
         grid = patches.transpose(1, 2).unflatten(2, tuple(old_grid))
         grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
         grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False)
         patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
-    for old, new in zip(old_rows, new_rows, strict=False):
-        patches = torch.cat([patches[:, :new], pos_embed[:, old : old + 1], patches[:, new:]], 1)
-    return patches
+    return insert_rows(patches, tokens if new_rows else [], new_rows)

@@ -27,8 +27,8 @@ _NAMES = {
 
 # Arguments that do nothing upstream, or choose between equal computations, or say how weights are drawn.
 _DEAD = ("fused_add_norm", "ft_seq_len", "initializer_cfg", "device", "dtype", "pretrained", "pretrained_cfg", "cls")
-# Misspelled in the published base model, where it does nothing: the default says the same.
-_DEAD += ("if_devide_out",)
+# timm's, swallowed there; and misspelled in the published base model, where it does nothing: the default says the same.
+_DEAD += ("drop_block_rate", "if_devide_out")
 _RENAMED = {"channels": "in_chans"}
 
 

@@ -21,10 +21,10 @@ extern "C" {
 struct ConvArguments {
     Map x, dout;
     const float *weight, *bias;       // (D, K), (D) or null
-    float *out, *dx;                  // (B, D, L)
+    float *out, *dx;                  // (B, D, L), or (B, L, D) with channels_last
     float *dweight, *dbias;           // (B, D, K), (B, D)
     int64_t batch, dim, length, taps;
-    int32_t silu, reverse, threads;
+    int32_t silu, reverse, channels_last, threads;
 };
 
 }  // extern "C"

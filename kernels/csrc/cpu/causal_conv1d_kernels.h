@@ -59,6 +59,14 @@ SSM_INLINE void convolve(float* y, const float* window, const Args& a, const Blo
     }
 }
 
+// Tokens start .. start + count of a result in its layout.
+SSM_INLINE void store_result(const Args& a, float* to, const Block& k, int64_t start, const float* tile, int64_t count) {
+    if (a.channels_last)
+        store_tile_last(to + (k.b * a.length + start) * a.dim + k.first, a.dim, tile, k.lanes, static_cast<int>(count));
+    else
+        store_tile(to + (k.b * a.dim + k.first) * a.length + start, a.length, tile, k.lanes, static_cast<int>(count));
+}
+
 SSM_INLINE int64_t whole_groups(int64_t tokens) { return (tokens + SIDE - 1) / SIDE * SIDE; }
 
 static void forward_block(const Args& a, int64_t b, int64_t index) {
@@ -76,7 +84,7 @@ static void forward_block(const Args& a, int64_t b, int64_t index) {
                 const Group x = load_group(y + i), open = sigmoid(x, exp_minus_magnitude(x));
                 SSM_EACH store(y + i + j * W, x.v[j] * open.v[j]);
             }
-        store_tile(a.out + (b * a.dim + k.first) * a.length + start, a.length, y, k.lanes, static_cast<int>(count));
+        store_result(a, a.out, k, start, y, count);
     }
 }
 
@@ -116,7 +124,7 @@ static void backward_block(const Args& a, int64_t b, int64_t index) {
             store(sums.data() + j * W, sum);
         }
         for (int64_t t = 0; t < count; t++) sum_dy += load(own + t * W);
-        store_tile(a.dx + (b * a.dim + k.first) * a.length + start, a.length, dx, k.lanes, static_cast<int>(count));
+        store_result(a, a.dx, k, start, dx, count);
     }
     float bias[W];
     store(bias, sum_dy);

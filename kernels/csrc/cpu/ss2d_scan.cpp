@@ -1,4 +1,5 @@
-// The four scans of SS2D over an image in one pass, forward and backward. Mathematics: kernels/ssm_ops/ss2d_scan/api.py.
+// All scans over an image in one pass, forward and backward: the four of SS2D, which read the same map, and the two of a
+// bidirectional mixer, which read one each. Mathematics: kernels/ssm_ops/{ss2d_scan,bidirectional_scan}/api.py.
 //
 // A map is channels-last: whichever way a route goes, the W channels of a block lie side by side at every pixel. So
 // routes are read from the map itself, and their outputs are summed in the output itself; neither the routes nor the step
@@ -8,7 +9,7 @@
 // rest. The gradient of `proj` is a sum over channels, of which every part gives its own; the caller adds them, so that
 // nothing depends on the number of threads.
 //
-// Shapes: batch B, channels D (a multiple of W), pixels L = H * Wd, routes K = 4, state N, rank R, F = R + 2 N.
+// Shapes: batch B, channels D (a multiple of W), pixels L = H * Wd, routes K, state N, rank R, F = R + 2 N.
 
 #include <cstdint>
 #include <cstdlib>
@@ -19,15 +20,15 @@
 extern "C" {
 
 struct Ss2dArguments {
-    const float *x, *dy;             // (B, L, D)
+    const float *x[4], *dy;          // (B, L, D): the map that each route reads, and the gradient of y
     const float* proj;               // (B, L, K, F): R numbers for dt, then B, then C, per pixel and route
     const float *dt_weight, *A, *D, *bias;  // (K, D, R), (K, D, N), (K, D), (K, D)
-    float *y, *dx;                   // (B, L, D)
+    float *y, *dx[4];                // (B, L, D); routes that read the same map add to the same gradient
     float* states;                   // (S, B, K, N, D)
     float* dproj;                    // (parts, B, L, K, F)
     float *ddt_weight, *dA, *dD, *dbias;    // (B, K, D, R), (B, K, D, N), (B, K, D), (B, K, D): the caller adds samples
     const int32_t* order;            // (K, L): the pixel at every place of a route
-    int64_t batch, dim, length, state, rank, parts;
+    int64_t batch, dim, length, state, rank, parts, routes;
     int32_t threads;
 };
 

@@ -1,11 +1,9 @@
-// One part of the channels of SS2D's scan, forward and backward; the plan is in ss2d_scan.cpp, which includes this once for
-// every instruction set.
+// One part of the channels of the scans over an image, forward and backward; the plan is in ss2d_scan.cpp, which includes
+// this once for every instruction set.
 
 #include "recurrence.h"
 
 using Args = Ss2dArguments;
-
-constexpr int K = 4;
 
 // The blocks of one part of one sample.
 struct Part {
@@ -21,7 +19,7 @@ SSM_INLINE Part make_part(const Args& a, int64_t task) {
 SSM_INLINE int64_t padded(int64_t rank) { return (rank + W - 1) / W * W; }
 
 SSM_INLINE float* state_row(const Args& a, const Part& p, int64_t chunk, int route, int64_t n) {
-    return a.states + (((chunk * a.batch + p.b) * K + route) * a.state + n) * a.dim + p.first;
+    return a.states + (((chunk * a.batch + p.b) * a.routes + route) * a.state + n) * a.dim + p.first;
 }
 
 // Floats of memory that lasts, handed out piece by piece.
@@ -94,7 +92,7 @@ SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t sta
     s.tokens = static_cast<int>(a.length - start < T ? a.length - start : T);
     for (int t = 0; t < s.tokens; t++) {
         s.pixel[t] = a.order[route * a.length + start + t];
-        const float* proj = a.proj + ((p.b * a.length + s.pixel[t]) * K + route) * fields;
+        const float* proj = a.proj + ((p.b * a.length + s.pixel[t]) * a.routes + route) * fields;
         std::memcpy(s.rank + t * ranks, proj, sizeof(float) * a.rank);
         for (int64_t n = 0; n < a.state; n++) {
             s.B[n * T + t] = proj[a.rank + n];
@@ -160,7 +158,7 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
     Tiles k;
     alignas(64) float y[TILE];
     const int64_t map = p.b * a.length * a.dim + p.first, ranks = padded(a.rank);
-    for (int route = 0; route < K; route++) {
+    for (int route = 0; route < a.routes; route++) {
         load_route(a, p, route, r);
         for (int64_t start = 0, chunk = 0; start < a.length; start += T, chunk++) {
             load_shared(a, p, route, start, s);
@@ -169,7 +167,7 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
                 const float* A = r.A + i * a.state * W;
                 for (int64_t n = 0; n < a.state; n++)
                     store(state_row(a, p, chunk, route, n) + i * W, load(h + n * W));
-                load_block<false>(a, s, a.x + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
+                load_block<false>(a, s, a.x[route] + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
                 const Lanes skip = load(r.skip + i * W);
                 float* out = a.y + map + i * W;
                 for (int t = 0; t < s.tokens; t++) {
@@ -242,8 +240,8 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
     alignas(64) float dy[TILE], dx[TILE], ddt[TILE];
     const int64_t map = p.b * a.length * a.dim + p.first, ranks = padded(a.rank), channels = p.blocks * W;
     const int64_t fields = a.rank + 2 * a.state;
-    float* dproj = a.dproj + (p.index * a.batch + p.b) * a.length * K * fields;
-    for (int route = 0; route < K; route++) {
+    float* dproj = a.dproj + (p.index * a.batch + p.b) * a.length * a.routes * fields;
+    for (int route = 0; route < a.routes; route++) {
         load_route(a, p, route, r);
         for (float* sum : {r.dD, r.dbias}) std::memset(sum, 0, sizeof(float) * channels);
         std::memset(r.dA, 0, sizeof(float) * channels * a.state);
@@ -254,7 +252,7 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
             std::memset(s.drank, 0, sizeof(float) * T * ranks);
             for (float* sum : {s.dB, s.dC}) std::memset(sum, 0, sizeof(float) * T * a.state);
             for (int64_t i = 0; i < p.blocks; i++) {
-                load_block<true>(a, s, a.x + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
+                load_block<true>(a, s, a.x[route] + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
                 gather(a, s, a.dy + map + i * W, dy);
                 fill_up(dy, s.tokens);
                 const float *A = r.A + i * a.state * W, *states = state_row(a, p, chunk, route, 0) + i * W;
@@ -269,14 +267,14 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
                     s.tokens, k.slope, k.dt, k.x, dy, load(r.skip + i * W), dx, ddt, r.dD + i * W, r.dbias + i * W);
                 add_weight_gradient(a, s, ddt, r.dweight + i * ranks * W);
                 add_rank_gradient(a, s, ddt, r.turned + i * ranks * W);
-                float* out = a.dx + map + i * W;
-                if (route == 0)
+                float* out = a.dx[route] + map + i * W;
+                if (route == 0 || a.dx[route] != a.dx[route - 1])
                     for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(dx + t * W));
                 else
                     for (int t = 0; t < s.tokens; t++) add_to(out + s.pixel[t] * a.dim, load(dx + t * W));
             }
             for (int t = 0; t < s.tokens; t++) {
-                float* to = dproj + (s.pixel[t] * K + route) * fields;
+                float* to = dproj + (s.pixel[t] * a.routes + route) * fields;
                 std::memcpy(to, s.drank + t * ranks, sizeof(float) * a.rank);
                 for (int64_t n = 0; n < a.state; n++) {
                     to[a.rank + n] = s.dB[n * T + t];
@@ -284,7 +282,7 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
                 }
             }
         }
-        const int64_t row = (p.b * K + route) * a.dim + p.first;
+        const int64_t row = (p.b * a.routes + route) * a.dim + p.first;
         std::memcpy(a.dD + row, r.dD, sizeof(float) * channels);
         std::memcpy(a.dbias + row, r.dbias, sizeof(float) * channels);
         for (int64_t c = 0; c < channels; c += W)

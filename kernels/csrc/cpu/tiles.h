@@ -16,7 +16,10 @@ SSM_INLINE void load_tile(float* tile, const Map& map, int64_t b, int64_t first,
     if (lanes < W) std::memset(tile, 0, sizeof(float) * W * tokens);
     const float* source = map.data + b * map.batch + start * map.time;
     if (lanes == W && map.repeat == 1 && map.channel == 1) {
-        for (int t = 0; t < tokens; t++) store(tile + t * W, load(source + first + t * map.time));
+        for (int t = 0; t < tokens; t++) {
+            store(tile + t * W, load(source + first + t * map.time));
+            __builtin_prefetch(source + first + W + t * map.time);  // the next block: rows are too far apart to be foreseen
+        }
     } else if (lanes == W && map.repeat == 1 && map.time == 1 && tokens >= W) {
         source += first * map.channel;
         for (int t = 0; t < tokens; t += W) {
@@ -40,5 +43,14 @@ SSM_INLINE void store_tile(float* rows, int64_t length, const float* tile, int l
     } else {
         for (int c = 0; c < lanes; c++)
             for (int t = 0; t < tokens; t++) rows[c * length + t] = tile[t * W + c];
+    }
+}
+
+// rows[t][c] = tile[t][c]: into a contiguous (time, channel) tensor of `dim` channels.
+SSM_INLINE void store_tile_last(float* rows, int64_t dim, const float* tile, int lanes, int tokens) {
+    if (lanes == W) {
+        for (int t = 0; t < tokens; t++) store(rows + t * dim, load(tile + t * W));
+    } else {
+        for (int t = 0; t < tokens; t++) std::memcpy(rows + t * dim, tile + t * W, sizeof(float) * lanes);
     }
 }

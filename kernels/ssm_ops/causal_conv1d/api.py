@@ -45,7 +45,7 @@ def causal_conv1d(
             custom operator, also under ``torch.export``.
 
     Returns:
-        (B, D, L), contiguous, dtype of x.
+        (B, D, L), dtype of x; contiguous, but "cpu" gives channels-last results, (B, L, D) in memory, for such x.
 
     Sums and the activation are formed in float32 (float64 for float64 inputs), whatever autocast says. Gradients come
     in the dtype of their input. The same call gives the same bits. First derivatives only.

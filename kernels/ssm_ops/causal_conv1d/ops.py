@@ -15,13 +15,25 @@ from .._library import SINGLE_AND_HALF, declare, register
 CAUSAL_CONV1D = declare("causal_conv1d", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None)
 
 
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Do the channels of a token of (B, D, L) lie side by side?"""
+    return x.stride(1) == 1
+
+
+def result_like(x: torch.Tensor, impl: str, dtype: torch.dtype) -> torch.Tensor:
+    """(B, D, L), not filled: "cpu" keeps the layout of channels-last inputs, all others write contiguous results."""
+    if impl == "cpu" and is_channels_last(x):
+        return x.new_empty(x.mT.shape, dtype=dtype).mT
+    return x.new_empty(x.shape, dtype=dtype)
+
+
 def _fake_fwd(x, weight, bias, silu, reverse, impl):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return result_like(x, impl, x.dtype)
 
 
 def _fake_bwd(dout, x, weight, bias, silu, reverse, impl):
-    dx, d_weight = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight))
-    return dx, d_weight, x.new_empty(0) if bias is None else torch.empty_like(bias)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return result_like(x, impl, x.dtype), d_weight, x.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 causal_conv1d_fwd = register(

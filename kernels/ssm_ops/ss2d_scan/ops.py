@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 
+from .. import _image_scan
 from .._library import SINGLE_AND_HALF, declare, register
 
 SS2D_SCAN = declare("ss2d_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None)
 
-STATE_CHUNK = {"cpu": 64, "triton": 64}
+STATE_CHUNK = {"cpu": _image_scan.STATE_CHUNK, "triton": 64}
 """Pixels of a route between two saved states, by implementation."""
 
 

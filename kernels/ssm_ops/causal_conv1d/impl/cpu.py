@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._native import Map, as_float, as_map, library, pointer
+from ..ops import is_channels_last, result_like
 
 _POINTERS = ("weight", "bias", "out", "dx", "dweight", "dbias")
 
@@ -22,14 +23,14 @@ class _Arguments(ctypes.Structure):
         *((name, Map) for name in ("x", "dout")),
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("batch", "dim", "length", "taps")),
-        *((name, ctypes.c_int32) for name in ("silu", "reverse", "threads")),
+        *((name, ctypes.c_int32) for name in ("silu", "reverse", "channels_last", "threads")),
     ]
 
 
 def _arguments(x, silu: bool, reverse: bool, weight: Tensor, **tensors: Tensor | None) -> _Arguments:
     a = _Arguments(x=as_map(x, x.shape[1]), silu=silu, reverse=reverse, threads=torch.get_num_threads())
     a.batch, a.dim, a.length = x.shape
-    a.taps = weight.shape[1]
+    a.taps, a.channels_last = weight.shape[1], is_channels_last(x)
     for name, t in {"weight": weight, **tensors}.items():
         setattr(a, name, pointer(t))
     return a
@@ -45,7 +46,7 @@ def _as_parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | No
 def forward(x, weight, bias, silu: bool, reverse: bool) -> Tensor:
     """As `reference.forward`."""
     x32, parameters = as_float(x), _as_parameters(weight, bias)
-    out = torch.empty(x.shape, dtype=torch.float32)
+    out = result_like(x, "cpu", torch.float32)
     a = _arguments(x32, silu, reverse, **parameters, out=out)
     library().causal_conv1d_forward(ctypes.byref(a))
     return out.to(x.dtype)
@@ -54,7 +55,7 @@ def forward(x, weight, bias, silu: bool, reverse: bool) -> Tensor:
 def backward(dout, x, weight, bias, silu: bool, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
     x32, dout, parameters = as_float(x), as_float(dout), _as_parameters(weight, bias)
-    dx = torch.empty(x.shape, dtype=torch.float32)
+    dx = result_like(x, "cpu", torch.float32)
     dweight, dbias = torch.empty(x.shape[0], *weight.shape), torch.empty(x.shape[:2])
     a = _arguments(x32, silu, reverse, **parameters, dx=dx, dweight=dweight, dbias=dbias)
     a.dout = as_map(dout, dout.shape[1])

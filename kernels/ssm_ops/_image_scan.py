@@ -1,0 +1,141 @@
+"""Calls of the compiled scans over an image (csrc/cpu/ss2d_scan.cpp), for the operators that are made of them.
+
+The library takes channels-last float32 maps whose channels fill whole blocks of 16; others are converted and filled up
+here.
+
+Shapes: B batch, D channels, L pixels, K routes, N state, R rank of the step sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._native import library
+
+STATE_CHUNK = 64
+"""Pixels of a route between two saved states."""
+
+_BLOCK = 16
+_MAPS = 4
+_POINTERS_IN = ("dy", "proj", "dt_weight", "A", "D", "bias")
+_POINTERS_OUT = ("states", "dproj", "ddt_weight", "dA", "dD", "dbias", "order")
+_SIZES = ("batch", "dim", "length", "state", "rank", "parts", "routes")
+
+
+class _Arguments(ctypes.Structure):
+    """`Ss2dArguments` of ss2d_scan.cpp."""
+
+    _fields_ = [
+        ("x", ctypes.c_void_p * _MAPS),
+        *((name, ctypes.c_void_p) for name in (*_POINTERS_IN, "y")),
+        ("dx", ctypes.c_void_p * _MAPS),
+        *((name, ctypes.c_void_p) for name in _POINTERS_OUT),
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class ImageScan:
+    """One call: the inputs in the layout of the library, kept alive while it runs.
+
+    Args:
+        maps: (B, L, D), any strides: one that all routes read, or one per route.
+        proj: (B, L, K * (R + 2N)).
+        dt_weight, A, D, bias: (K, D, R), (K, D, N), (K, D), (K, D).
+        order: (K, L) int32, the pixel at every place of every route.
+    """
+
+    def __init__(self, maps: list[Tensor], proj, dt_weight, A, D, bias, order: Tensor):
+        self.batch, self.length, dim = maps[0].shape
+        self.missing = -dim % _BLOCK
+        self.dim, self.blocks = dim + self.missing, -(-dim // _BLOCK)
+        self.state, self.rank = A.shape[2], dt_weight.shape[2]
+        self.routes = A.shape[0]
+        self.maps = [self.as_map(x) for x in maps]
+        self.inputs = {
+            "proj": proj.float().contiguous(),
+            "dt_weight": _fill_channels(dt_weight, self.missing),
+            "A": _fill_channels(A, self.missing),
+            "D": _fill_channels(D, self.missing),
+            "bias": _fill_channels(bias, self.missing),
+            "order": order,
+        }
+
+    def as_map(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D + missing) float32, contiguous; a copy only where x is something else."""
+        x = x.float()
+        return F.pad(x, (0, self.missing)) if self.missing else x.contiguous()
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The sum of all routes (B, L, D) and the states before every chunk (S + 1, B, K, N, D)."""
+        chunks = -(-self.length // STATE_CHUNK)
+        states = torch.empty(chunks + 1, self.batch, self.routes, self.state, self.dim)
+        y = torch.empty(self.batch, self.length, self.dim)
+        parts = _forward_parts(self.batch, self.blocks, torch.get_num_threads())
+        self._run(library().ss2d_scan_forward, parts, y=y, states=states)
+        own = self.dim - self.missing
+        return y[..., :own], states[..., :own].contiguous()
+
+    def backward(self, dy: Tensor, states: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of maps, proj, dt_weight, A, D, bias."""
+        parts = _backward_parts(self.batch, self.blocks)
+        dx = [torch.empty(self.batch, self.length, self.dim) for _ in self.maps]
+        dproj = torch.empty(parts, *self.inputs["proj"].shape)
+        # by channel: (B, K, D, *)
+        grads = {
+            name: torch.empty(self.batch, self.routes, self.dim, *last)
+            for name, last in (("ddt_weight", (self.rank,)), ("dA", (self.state,)), ("dD", ()), ("dbias", ()))
+        }
+        states = F.pad(states, (0, self.missing)) if self.missing else states
+        more = {"dy": self.as_map(dy), "states": states, "dproj": dproj, **grads}
+        self._run(library().ss2d_scan_backward, parts, dx, **more)
+        own = self.dim - self.missing
+        by_channel = (_add(g)[:, :own].contiguous() for g in grads.values())
+        return [d[..., :own] for d in dx], _add(dproj), *by_channel
+
+    def _run(self, function, parts: int, dx: list[Tensor] | None = None, **tensors: Tensor) -> None:
+        a = _Arguments()
+        for route in range(self.routes):
+            i = min(route, len(self.maps) - 1)
+            a.x[route] = self.maps[i].data_ptr()
+            a.dx[route] = dx[i].data_ptr() if dx else None
+        for name, tensor in (self.inputs | tensors).items():
+            setattr(a, name, tensor.data_ptr())
+        for name in _SIZES:
+            setattr(a, name, parts if name == "parts" else getattr(self, name))
+        a.threads = torch.get_num_threads()
+        if function(ctypes.byref(a)):
+            shape = (self.batch, self.length, self.dim)
+            raise MemoryError(f"no memory for the buffers of a scan over {shape}; use fewer threads")
+
+
+def _fill_channels(x: Tensor, missing: int) -> Tensor:
+    """(K, D, *) -> (K, D + missing, *), contiguous"""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x.contiguous()
+
+
+def _forward_parts(batch: int, blocks: int, threads: int) -> int:
+    """How many parts the channels are cut into: as few as keep all threads equally busy. The results do not tell."""
+
+    def longest(parts: int) -> int:
+        return -(-batch * parts // threads) * -(-blocks // parts)  # tasks of a thread, times blocks of a task
+
+    return min(range(1, min(blocks, 2 * threads) + 1), key=longest)
+
+
+def _backward_parts(batch: int, blocks: int) -> int:
+    """How many parts give gradients of `proj`, to be added: a power of two that keeps 16 threads busy, each part of at
+    least two blocks. It does not depend on the number of threads: the same call gives the same bits everywhere."""
+    parts = 1
+    while 4 * parts <= blocks and parts * batch < 16:
+        parts *= 2
+    return parts
+
+
+def _add(parts: Tensor) -> Tensor:
+    """The sum over the first dimension."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)

@@ -1,0 +1,445 @@
+"""The contract of timm, over the registered Vim models, and what they do at run time."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers import set_exportable
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
+
+from ssm_models import DenseVisionMamba
+from ssm_models.vim import VARIANTS, VisionMamba
+from ssm_ops._library import OPERATORS, available
+
+MODELS = timm.list_models(module="vim")
+SMALL = {"depth": 2, "embed_dim": 32}
+
+
+def create(name, **kwargs):
+    """A registered model, shrunk so that a test on it is quick."""
+    return timm.create_model(name, **({"num_classes": 5} | SMALL | kwargs))
+
+
+def nano(**kwargs):
+    """8x8 patches of 32x32 pixels."""
+    return create("vim_nano", **({"drop_path_rate": 0.0} | kwargs))
+
+
+def test_registered_names():
+    names = ["vim_base_patch16_224", "vim_nano", "vim_small_patch16_224", "vim_small_patch16_stride8_224"]
+    assert sorted([*names, "vim_tiny_patch16_224", "vim_tiny_patch16_stride8_224"]) == MODELS == sorted(VARIANTS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_cfg_names_existing_layers(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    cfg = model.default_cfg
+    assert cfg["classifier"] + ".weight" in model.state_dict() and cfg["first_conv"] + ".weight" in model.state_dict()
+    assert model.get_classifier() is model.get_submodule(cfg["classifier"])
+    assert cfg["num_classes"] == model.num_classes and cfg["license"] == "apache-2.0"
+    sides = [
+        (cfg["input_size"][1] - model.patch_embed.patch_size) // info["reduction"] + 1 for info in model.feature_info
+    ]
+    assert model.grid == (sides[0], sides[0]) and len(sides) == len(model.layers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_gets_a_gradient(name):
+    model = create(name)
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_head_and_intermediates_agree(name):
+    model = create(name).eval()
+    x = torch.randn(2, 3, 64, 96)
+    h, w = model.patch_embed.grid(64, 96)
+    features = model.forward_features(x)
+    assert features.shape == (2, h * w + 1, 32)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, features)
+    assert [tuple(m.shape) for m in maps] == [(2, info["num_chs"], h, w) for info in model.feature_info]
+    assert all(m.is_contiguous() for m in maps)
+    tokens = model.forward_intermediates(x, indices=[0], output_fmt="NLC", stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(tokens[0].mT.unflatten(2, (h, w)), maps[0])
+    (normed, prefix), *others = model.forward_intermediates(
+        x, indices=1, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+    )
+    middle = h * w // 2
+    torch.testing.assert_close(normed, torch.cat([features[:, :middle], features[:, middle + 1 :]], 1))
+    torch.testing.assert_close(prefix, features[:, middle : middle + 1])
+    assert others == []
+    with pytest.raises(ValueError, match="output_fmt='NHWC' is not one of NCHW, NLC"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+
+
+def test_stopping_early_runs_no_block_too_many():
+    model = nano(depth=3)
+    ran = []
+    for i, block in enumerate(model.layers):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    model.forward_intermediates(torch.randn(1, 3, 32, 32), [1], stop_early=True, intermediates_only=True)
+    assert ran == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "kwargs, prefix", [({"cls_mode": "double"}, 2), ({"cls_mode": "head"}, 1), ({"if_cls_token": False}, 0)]
+)
+def test_prefix_tokens_of_all_modes(kwargs, prefix):
+    model = nano(**kwargs).eval()
+    features, [*_, (patches, tokens)] = model.forward_intermediates(
+        torch.randn(2, 3, 32, 32), norm=True, output_fmt="NLC", return_prefix_tokens=True
+    )
+    assert patches.shape == (2, 64, 32) and tokens.shape == (2, prefix, 32)
+    first, last = features[:, :1], features[:, -1:]
+    want = [torch.cat(t, 1) for t in ([patches], [first, patches], [first, patches, last])][prefix]
+    torch.testing.assert_close(features, want)
+
+
+def test_pairs_of_blocks_give_one_map():
+    model = nano(depth=4, if_bidirectional=True, bimamba_type="none").eval()
+    x = torch.randn(1, 3, 32, 32)
+    features, maps = model.forward_intermediates(x, norm=True, output_fmt="NLC", return_prefix_tokens=True)
+    torch.testing.assert_close(maps[0], maps[1])
+    torch.testing.assert_close(maps[3][1], features[:, 32:33])
+    assert (maps[1][0] - maps[2][0]).abs().max() > 1e-3
+    for index in (0, 1):
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([index]) == [index] and len(pruned.layers) == 2
+        got = pruned.forward_intermediates(x, [index], norm=True, output_fmt="NLC", intermediates_only=True)
+        torch.testing.assert_close(got[0], maps[1][0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_features_only(name):
+    model = create(name, features_only=True, depth=4)
+    x = torch.randn(1, 3, 70, 45)
+    maps = model(x)
+    assert len(maps) == 3 and {tuple(m.shape[2:]) for m in maps} == {model.model.patch_embed.grid(70, 45)}
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert set(model.feature_info.reduction()) == {model.model.patch_embed.stride}
+    one = create(name, features_only=True, depth=4, out_indices=(1,))
+    assert one(x)[0].shape == maps[0].shape and len(one.model.layers) == 2
+
+
+def test_reset_classifier():
+    model = nano().eval()
+    x = torch.randn(2, 3, 32, 32)
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and model.num_classes == 7
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), model.forward_features(x)[:, 32])
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(x), model.forward_features(x))
+    model.reset_classifier(3, "avg")
+    assert model(x).shape == (2, 3)
+    with pytest.raises(ValueError, match="pooling 'catavgmax' is not one of token, none, mean, max, all"):
+        model.reset_classifier(3, "catavgmax")
+    half = nano().bfloat16()
+    half.reset_classifier(4)
+    assert half(x.bfloat16()).shape == (2, 4)
+    assert nano(num_classes=0, global_pool="").eval()(x).shape == (2, 65, 32)
+
+
+def test_pruning_drops_what_maps_do_not_need():
+    model = nano(depth=4).eval()
+    x = torch.randn(1, 3, 32, 32)
+    want = model.forward_intermediates(x, [1], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([-3], prune_norm=True) == [1]
+    assert len(model.layers) == 2 and isinstance(model.norm_f, torch.nn.Identity) and model.num_classes == 0
+    features, [got] = model.forward_intermediates(x, 1)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.cat([features[:, :32], features[:, 33:]], 1).mT.unflatten(2, (8, 8)), want)
+
+
+def test_checkpointing_changes_nothing_but_what_is_kept():
+    plain, recomputed = nano(drop_path_rate=0.4), nano(drop_path_rate=0.4, use_checkpoint=True)
+    recomputed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    kept = []
+    for model in (plain, recomputed):
+        sizes = []
+        torch.manual_seed(3)  # drop path
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            loss = model.train()(x).square().mean()
+        loss.backward()
+        kept.append(sum(sizes))
+    assert kept[1] < 0.3 * kept[0]
+    for (n, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=n)
+    recomputed.set_grad_checkpointing(False)
+    assert not any(getattr(m, "use_checkpoint", False) for m in recomputed.modules())
+
+
+@pytest.mark.parametrize("mode", ["middle", "double"])
+def test_no_weight_decay_names_tokens_positions_and_the_scan(mode):
+    tokens = {"middle": {"cls_token"}, "double": {"cls_token_head", "cls_token_tail"}}[mode]
+    leaves = ("A_log", "A_b_log", "D", "D_b", "dt_proj.bias", "dt_proj_b.bias")
+    scan = {f"layers.{i}.mixer.{leaf}" for i in (0, 1) for leaf in leaves}
+    assert nano(cls_mode=mode).no_weight_decay() == {"pos_embed"} | tokens | scan
+
+
+def test_layer_decay_orders_stem_blocks_head():
+    model = nano(depth=3)
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    names = [
+        "patch_embed.proj.weight", "pos_embed", "cls_token", "layers.0.mixer.A_log", "layers.0.norm.weight",
+        "layers.1.mixer.out_proj.weight", "layers.2.mixer.D_b", "norm_f.weight", "head.weight",
+    ]  # fmt: skip
+    scales = [scale[id(model.get_parameter(n))] for n in names]
+    steps = [b / a for a, b in zip(scales[:-1], scales[1:], strict=True)]
+    assert steps == [1, 1, 2, 1, 2, 2, 1, 2] and scales[-1] == 1.0  # the last norm goes with the last block
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"cls_mode": "double"}, {"rms_norm": False, "init_layer_scale": 0.1}], ids=str)
+def test_every_parameter_has_one_layer_group(kwargs):
+    model = nano(**kwargs)
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse))
+        names = [name for group in groups.values() for name in group]
+        assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+        assert len(groups) == 4  # stem, two blocks, head
+        assert set(groups[3]) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"rms_norm": False, "bimamba_type": "v1"},
+        {"if_rope": True, "if_rope_residual": True, "residual_in_fp32": False, "init_layer_scale": 1.0},
+        {"if_abs_pos_embed": False, "cls_mode": "double"},
+    ],
+    ids=str,
+)
+def test_half_precision_stays_near_float32(dtype, kwargs):
+    model = nano(**kwargs)
+    x = torch.randn(2, 3, 32, 48)
+    exact = model(x)
+    with torch.autocast("cpu", dtype=dtype):
+        y = model(x)
+    y.float().square().mean().backward()
+    tolerance = 20 * torch.finfo(dtype).eps
+    assert (y.float() - exact).norm() <= tolerance * exact.norm()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    half = model.to(dtype)
+    y = half(x.to(dtype))
+    assert y.dtype == dtype and (y.float() - exact).norm() <= tolerance * exact.norm()
+    for norm in (False, True):
+        features, maps = half.forward_intermediates(x.to(dtype), norm=norm)
+        assert {m.dtype for m in (features, *maps)} == {dtype}
+    y.square().mean().backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in half.parameters())
+
+
+def test_the_residual_stream_is_kept_in_float32():
+    seen = []
+    for kept in (True, False):
+        model = nano(residual_in_fp32=kept).bfloat16()
+        model.layers[1].register_forward_hook(lambda _m, _i, out: seen.append(out[1].dtype))
+        model(torch.randn(1, 3, 32, 32).bfloat16())
+    assert seen == [torch.float32, torch.bfloat16]
+    model = nano().double()
+    model.layers[1].register_forward_hook(lambda _m, _i, out: seen.append(out[1].dtype))
+    assert model(torch.randn(1, 3, 32, 32).double()).dtype == seen[-1] == torch.float64
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_within_1e_4_of_float64(name):
+    model = create(name, depth=4).eval()
+    x = torch.randn(2, 3, 64, 64)
+    single = model(x)
+    exact = model.double()(x.double())
+    assert (single - exact).norm() <= 1e-4 * exact.norm()
+
+
+def test_implementations_agree_over_a_model():
+    kinds = available(OPERATORS["selective_scan"], "cpu", torch.float32)
+    x = torch.randn(2, 3, 32, 32)
+    outputs = {}
+    for impl in ("auto", *kinds):
+        torch.manual_seed(0)
+        model = nano(scan_impl=impl)
+        y = model(x)
+        y.square().mean().backward()
+        outputs[impl] = [y, *(p.grad for p in model.parameters())]
+    assert "reference" in outputs
+    for impl, got in outputs.items():
+        for a, b in zip(got, outputs["reference"], strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm(), impl
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"if_rope": True}, {"stride": 2}, {"if_cls_token": False}], ids=str)
+def test_any_size(kwargs):
+    model = nano(**kwargs).eval()
+    for size in ((32, 32), (33, 47), (61, 35), (20, 90), (4, 5)):
+        assert model(torch.randn(1, 3, *size)).isfinite().all()
+    with pytest.raises(ValueError, match="an image of 3x40 pixels is smaller than a patch of 4x4"):
+        model(torch.randn(1, 3, 3, 40))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"cls_mode": "double", "if_rope": True, "if_rope_residual": True}, {"bimamba_type": "v1", "rms_norm": False}],
+    ids=str,
+)
+def test_compiles_as_one_graph_and_exports(kwargs):
+    model = nano(**kwargs).eval()
+    x = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    compiled(x).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"cls_mode": "random", "flip_img_sequences_ratio": 0.5, "if_rope": True}], ids=str
+)
+def test_compiled_in_training_mode(kwargs):
+    model = nano(drop_path_rate=0.1, **kwargs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_exportable_models_hold_no_custom_operator():
+    with set_exportable(True):
+        model = nano().eval()
+    x = torch.randn(1, 3, 32, 32)
+    exported = torch.export.export(model, (x,))
+    assert not [n for n in exported.graph.nodes if "ssm_ops" in str(n.target)]
+    torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_timm_makes_an_exportable_model():
+    model = nano(exportable=True).eval()
+    assert {block.mixer.impl for block in model.layers} == {"reference"}
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+def test_copies_are_equal():
+    model = nano(if_rope=True).eval()
+    x = torch.randn(1, 3, 32, 48)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+        twin.load_state_dict(nano(if_rope=True, img_size=64).state_dict())  # with a conversion of its own
+        assert twin.grid == (8, 8) and not torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"dept": 3}, "unexpected keyword argument 'dept'"),
+        ({"ssm_cfg": {"dconv": 3}}, "unexpected keyword argument 'dconv'"),
+        ({"bimamba_type": "v3"}, "bimamba_type='v3' is not one of none, v1, v2"),
+        ({"final_pool_type": "men"}, "pooling 'men' is not one of token, none, mean, max, all"),
+        ({"final_pool_type": "token", "if_cls_token": False}, "pooling 'token' is not one of none, mean, max, all"),
+        ({"global_pool": "avgmax"}, "pooling 'avgmax' is not one of token, none, mean, max, all"),
+        ({"cls_mode": "centre"}, "cls_mode='centre' is not one of middle, head, tail, double, random"),
+        ({"img_size": 3}, "an image of 3x3 pixels is smaller than a patch of 4x4"),
+        ({"depth": 3, "if_bidirectional": True}, "depth=3 must be even with if_bidirectional"),
+        ({"embed_dim": 34, "if_rope": True}, "embed_dim=34 must be a multiple of 4 for rotary position embeddings"),
+        ({"scan_impl": "fast"}, "impl='fast'"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        nano(**kwargs)(torch.randn(1, 3, 32, 32))
+    assert message in str(caught.value)
+
+
+def test_published_keyword_names_build_a_model_directly():
+    model = VisionMamba(32, 8, 8, 2, 16, 4, num_classes=3, ssm_cfg={"d_conv": 3, "expand": 1, "dt_rank": 2})
+    mixer = model.layers[0].mixer
+    assert mixer.A_log.shape == (16, 4) and mixer.conv1d.weight.shape == (16, 1, 3) and mixer.dt_rank == 2
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+# ---- dense ----
+
+
+def dense(**kwargs):
+    return DenseVisionMamba(**({"img_size": 64, "out_indices": (0, 1, 2, 3), "depth": 4, "embed_dim": 16} | kwargs))
+
+
+@pytest.mark.parametrize("stride, grid", [(16, (4, 6)), (8, (7, 11))])
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1,)])
+def test_pyramid(stride, grid, out_indices):
+    model = dense(stride=stride, out_indices=out_indices)
+    maps = model(torch.randn(2, 3, 64, 96))
+    up = (4, 2, 1) if stride == 16 else (2, 1)
+    sizes = [(grid[0] * k, grid[1] * k) for k in up] + [(grid[0] // k, grid[1] // k) for k in (2, 4)]
+    assert [tuple(m.shape) for m in maps] == [(2, 16, *size) for size in sizes[:4]]
+    assert all(m.is_contiguous() for m in maps)
+    names = {n.removeprefix("fpn") for n in model.state_dict() if n.startswith("fpn")}
+    ups = {16: ("1.0", "1.3", "2.0"), 8: ("1.0",)}[stride]
+    assert {n for n in names if n.endswith("weight") and not n.startswith("1.1")} == {f"{n}.weight" for n in ups}
+    assert not [n for n in model.state_dict() if n.startswith(("head", "cls_token"))]
+
+
+def test_maps_are_what_blocks_add_or_the_residual_stream():
+    kwargs = {"if_fpn": False, "out_indices": (1, 3)}
+    x = torch.randn(1, 3, 64, 64)
+    taps = []
+    models = [
+        dense(**kwargs),
+        *(dense(**kwargs, use_residual_as_feature=True, last_layer_process=p) for p in ("none", "add", "add & norm")),
+    ]
+    for block in models[0].layers:
+        block.register_forward_hook(lambda _m, _i, out: taps.append(out))
+    maps = []
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+        maps.append([m.flatten(2).mT for m in model.eval()(x)])
+    (_, _), (h1, _), (_, r2), (h3, r3) = taps
+    last = (h3, h3, r3 + h3, models[0].norm_f(r3 + h3))
+    for got, first, second in zip(maps, (h1, r2, r2, r2), last, strict=True):
+        torch.testing.assert_close(got[0], first)
+        torch.testing.assert_close(got[1], second)
+
+
+def test_blocks_after_the_last_map_do_not_run():
+    model = dense(out_indices=(1,), if_fpn=False)
+    model.layers[2].register_forward_hook(lambda *_: pytest.fail("ran"))
+    assert model(torch.randn(1, 3, 64, 64))[0].shape == (1, 16, 4, 4)
+
+
+def test_pyramid_takes_published_synchronised_norms():
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(dense())
+    assert isinstance(model.fpn1[1], torch.nn.SyncBatchNorm)
+    dense().load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"out_indices": (0, 4)}, "out_indices=(0, 4) must name blocks 0..3"),
+        ({"out_indices": ()}, "out_indices=() must name blocks 0..3"),
+        ({"out_indices": (1, 1)}, "out_indices=(1, 1) names a block twice"),
+        ({"out_indices": (1, 2)}, "four maps of one or four out_indices at stride 16 or 8, not of (1, 2) at stride 16"),
+        ({"patch_size": 4, "stride": 4}, "not of (0, 1, 2, 3) at stride 4; if_fpn=False gives the maps as they are"),
+        ({"last_layer_process": "sum"}, "last_layer_process='sum' is not one of none, add, add & norm"),
+        ({"if_cls_token": True}, "multiple values for keyword argument 'if_cls_token'"),
+    ],
+)
+def test_bad_dense_arguments_are_named(kwargs, message):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        dense(**kwargs)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("process", ["none", "add", "add & norm"])
+def test_dense_in_half_precision(process):
+    model = dense(use_residual_as_feature=True, last_layer_process=process).bfloat16()
+    assert {m.dtype for m in model(torch.randn(1, 3, 64, 64).bfloat16())} == {torch.bfloat16}
