@@ -114,6 +114,72 @@ def test_any_strides_and_same_bits(impl):
         assert torch.equal(plain[key], again[key]), key
 
 
+def channels_last(x):
+    """(B, D, L) whose memory is (B, L, D)"""
+    return x.mT.contiguous().mT
+
+
+def half_of_wider(x):
+    """(B, D, L) whose memory is the first half of the channels of (B, L, 2D)"""
+    return torch.cat([x, x], 1).mT.contiguous().mT[:, : x.shape[1]]
+
+
+# windows and channels-last results are those of "cpu"; the interpreter of Triton takes half a minute for these sizes
+NOT_TRITON = pytest.mark.parametrize("impl", [i for i in implementations("causal_conv1d") if i.values != ("triton",)])
+LAYOUTS = {"contiguous": torch.Tensor.contiguous, "channels_last": channels_last, "half_of_wider": half_of_wider}
+
+
+def keeps_channels_last(impl, dtype=torch.float32):
+    return impl != "reference" and resolve(ops.CAUSAL_CONV1D, impl, torch.device("cpu"), dtype) == "cpu"
+
+
+def convolve_by_torch(x, weight, bias, reverse=False):
+    """The definition by PyTorch's convolution: F.conv1d is a correlation, the padding makes it causal."""
+    reach, dim = weight.shape[1] - 1, x.shape[1]
+    padded, taps = F.pad(x, (0, reach) if reverse else (reach, 0)), weight.flip(1) if reverse else weight
+    return F.silu(F.conv1d(padded, taps[:, None], bias, groups=dim))
+
+
+@NOT_TRITON
+@REVERSE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dim", [5, 16, 20])
+@pytest.mark.parametrize("length", [1, 7, 255, 256, 257, 600])
+def test_layouts_in_whole_and_broken_blocks_and_windows(length, dim, layout, reverse, impl):
+    """Blocks have 16 channels at most, windows 256 tokens, and a channels-last result where the input is so."""
+    inputs = conv_inputs(dim=dim, length=length)
+    dout = torch.randn_like(inputs["x"])
+    want = run(convolve_by_torch, leaves(inputs, torch.float64), dout, reverse=reverse)
+    x = LAYOUTS[layout](inputs["x"].float()).requires_grad_()
+    given = leaves(inputs, torch.float32) | {"x": x}
+    last = layout != "contiguous" and keeps_channels_last(impl)
+    for dout_layout in (torch.Tensor.contiguous, channels_last):
+        out = causal_conv1d(**given, activation="silu", reverse=reverse, impl=impl)
+        grads = torch.autograd.grad(out, given.values(), dout_layout(dout.float()))
+        got = {"out": out} | {f"d{n}": g for n, g in zip(given, grads, strict=True)}
+        for key, value in got.items():
+            assert (value.mT if last and key in ("out", "dx") else value).is_contiguous(), key
+            # sums of up to 1200 numbers; a tap that sees no token has a gradient of exactly zero
+            assert rms_error(value, want[key]) < 2e-6 or torch.equal(value.double(), want[key]), key
+
+
+@NOT_TRITON
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "half_of_wider"])
+def test_channels_last_in_half_precision(layout, dtype, impl):
+    inputs = {n: t.to(dtype).double() for n, t in conv_inputs(dim=20, length=257).items()}
+    dout = torch.randn(2, 20, 257).to(dtype).double()
+    want = run(convolve_by_torch, leaves(inputs, torch.float64), dout)
+    given = leaves(inputs, dtype)
+    given["x"] = LAYOUTS[layout](inputs["x"].to(dtype)).requires_grad_()
+    out = causal_conv1d(**given, activation="silu", impl=impl)
+    grads = torch.autograd.grad(out, given.values(), dout.to(dtype))
+    for key, value in zip(want, (out, *grads), strict=True):
+        last = key in ("out", "dx") and keeps_channels_last(impl, dtype)
+        assert value.dtype == dtype and (value.mT if last else value).is_contiguous(), key
+        assert rms_error(value, want[key]) < torch.finfo(dtype).eps / 2, key
+
+
 @IMPL
 def test_empty_batch(impl):
     got = run(causal_conv1d, leaves(conv_inputs(batch=0), torch.float32), torch.zeros(0, 5, 20), impl=impl)
@@ -161,8 +227,10 @@ def test_no_second_derivative():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype, bias):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout, dtype, bias):
     x, weight, bias = (None if t is None else t.to(dtype) for t in conv_inputs(bias=bias).values())
+    x = LAYOUTS[layout](x)
     impl = resolve(ops.CAUSAL_CONV1D, "auto", x.device, x.dtype)
     torch.library.opcheck(ops.causal_conv1d_fwd, (x, weight, bias, True, False, impl))
     torch.library.opcheck(ops.causal_conv1d_bwd, (torch.randn_like(x), x, weight, bias, True, True, impl))
@@ -172,16 +240,18 @@ def both_directions(x, weight, bias):
     return causal_conv1d(x, weight, bias, activation="silu") + causal_conv1d(x, weight, bias, reverse=True)
 
 
-def test_compiles_without_graph_breaks_and_once_for_all_sizes():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_without_graph_breaks_and_once_for_all_sizes(layout):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(both_directions, fullgraph=True, dynamic=True, backend=counter)
     for batch, length in ((7, 20), (3, 9), (2, 196)):  # first sizes all differ
-        args = tuple(leaves(conv_inputs(batch, length=length), torch.float32).values())
+        x, *parameters = leaves(conv_inputs(batch, length=length), torch.float32).values()
+        args = (LAYOUTS[layout](x.detach()).requires_grad_(), *parameters)
         want = torch.autograd.grad(both_directions(*args).sin().sum(), args)
         got = torch.autograd.grad(compiled(*args).sin().sum(), args)
         for g, w in zip(got, want, strict=True):
-            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5, check_stride=True)
     assert counter.frame_count == 1
 
 
