@@ -37,21 +37,21 @@ class Prediction(NamedTuple):
 @torch.inference_mode()
 def predict(cfg: CN, weights: Path, count: int, device: torch.device) -> list[Prediction]:
     """Classify `count` readable validation images, evenly spread over the classes. Raises UserError."""
-    found = scan_split(cfg, "val")
-    count = min(count, len(found.samples))
-    chosen = [found.samples[number * len(found.samples) // count] for number in range(count)]
+    source = scan_split(cfg, "val")
+    count = min(count, len(source))
     transform = eval_transform(cfg)
-    loaded = [(load_image(path), target) for path, target in chosen]
+    chosen = [number * len(source) // count for number in range(count)]
+    loaded = [(load_image(source, index), int(source.targets[index])) for index in chosen]
     samples = [(transform(image), target) for image, target in loaded if not isinstance(image, BadImage)]
     if not samples:
-        raise UserError(f"none of the {count} chosen images in {found.root} is readable")
+        raise UserError(f"none of the {count} chosen images in {source.root} is readable")
     model = build_model(cfg)
     model.load_state_dict(load_file(weights))
     model.to(device).eval()
     images = torch.stack([image for image, _ in samples])
     logits = torch.cat([model(part.to(device)).float().cpu() for part in images.split(_BATCH)])
     confidences, classes = logits.softmax(-1).max(-1)
-    names = found.classes
+    names = source.classes
     return [
         Prediction(image, names[predicted], names[target], confidence)
         for (image, target), predicted, confidence in zip(samples, classes.tolist(), confidences.tolist(), strict=True)

@@ -3,8 +3,9 @@
     checkpoints/epoch_0007/model.safetensors      weights after 7 epochs
                            model_ema.safetensors  averaged weights, if kept
                            train_state.pt         optimizer, scaler, update count; read with weights_only=True
-                           meta.json              epoch, best and last results, config text, versions
+                           meta.json              epoch, update, best and last results, config text, versions
                            SHA256SUMS             of the other files, for us and for `sha256sum -c`
+    checkpoints/epoch_0007_update_000500/         the same, 500 updates into the next epoch
     checkpoints/last, best, best_ema              relative links
 
 A checkpoint is written into a temporary folder, every file is fsynced, then the folder is renamed.
@@ -16,11 +17,12 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -34,11 +36,29 @@ _log = logging.getLogger(__name__)
 
 MODEL, MODEL_EMA, TRAIN_STATE, META = "model.safetensors", "model_ema.safetensors", "train_state.pt", "meta.json"
 _SUMS = "SHA256SUMS"
-_PREFIX = "epoch_"
+_NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?")
 
 
-def _name(epoch: int) -> str:
-    return f"{_PREFIX}{epoch:04d}"
+class Position(NamedTuple):
+    """How far a run has come: `epoch` complete epochs, validated, and `update` update slots of the next one.
+
+    A slot counts whether its update was made or skipped, so the position says which images come next. With all slots of
+    an epoch behind it, its validation comes next.
+    """
+
+    epoch: int
+    update: int = 0
+
+    @property
+    def name(self) -> str:
+        """The folder name of a checkpoint."""
+        return f"epoch_{self.epoch:04d}" + (f"_update_{self.update:06d}" if self.update else "")
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}" + (f" and {self.update} updates" if self.update else "")
+
+
+Weights = dict[str, torch.Tensor]  # by parameter or buffer name, on the CPU, contiguous
 
 
 class CheckpointStore:
@@ -48,20 +68,20 @@ class CheckpointStore:
         self.folder = folder
         self._keep = keep
 
-    def epochs(self) -> dict[int, Path]:
-        """Checkpoint folders by epoch, oldest first; complete by construction, but not verified."""
+    def positions(self) -> dict[Position, Path]:
+        """Checkpoint folders by position, oldest first; complete by construction, but not verified."""
         if not self.folder.is_dir():
             return {}
         found = {}
-        for path in self.folder.glob(f"{_PREFIX}*"):
-            number = path.name.removeprefix(_PREFIX)
-            if number.isdecimal() and path.is_dir() and not path.is_symlink():
-                found[int(number)] = path
+        for path in self.folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                found[Position(int(match[1]), int(match[2] or 0))] = path
         return dict(sorted(found.items()))
 
     def newest_valid(self) -> "Checkpoint | None":
         """The newest checkpoint whose files are as they were written; damaged ones are named in the log and skipped."""
-        for path in reversed(self.epochs().values()):
+        for path in reversed(self.positions().values()):
             try:
                 return read_checkpoint(path)
             except UserError as error:
@@ -78,23 +98,32 @@ class CheckpointStore:
                     path.unlink()
 
     def save(
-        self, epoch: int, *, model: nn.Module, ema: nn.Module | None, train_state: dict[str, Any], meta: dict[str, Any]
+        self,
+        position: Position,
+        *,
+        model: Weights,
+        ema: Weights | None,
+        train_state: dict[str, Any],
+        meta: dict[str, Any],
     ) -> Path:
-        """Write epoch_<epoch>. What was there before survives any failure. Raises UserError when the disk is full."""
-        with self._new_folder(_name(epoch)) as folder:
+        """Write a checkpoint. What was there before survives any failure. Raises UserError when the disk is full."""
+        with self._new_folder(position.name) as folder:
             # all is serialised in memory and written by us, because torch.save and safetensors report a full disk as
             # errors of their own kinds
             state = io.BytesIO()
             torch.save(train_state, state)
-            files: dict[str, bytes] = {MODEL: _weights(model)}
+            files: dict[str, bytes] = {MODEL: save(model)}
             if ema is not None:
-                files[MODEL_EMA] = _weights(ema)
+                files[MODEL_EMA] = save(ema)
             # not getbuffer(): if writing fails, Python 3.12.1 crashes when it collects an exported buffer
-            files |= {TRAIN_STATE: state.getvalue(), META: json.dumps({"epoch": epoch, **meta}, indent=1).encode()}
+            files |= {
+                TRAIN_STATE: state.getvalue(),
+                META: json.dumps({**position._asdict(), **meta}, indent=1).encode(),
+            }
             sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
             for name, data in {**files, _SUMS: sums.encode()}.items():
                 write_synced(folder / name, data)
-        return self.folder / _name(epoch)
+        return self.folder / position.name
 
     def adopt(self, checkpoint: "Checkpoint") -> None:
         """Copy a checkpoint of another run, so that a run that continues it is complete in its own folder."""
@@ -102,14 +131,14 @@ class CheckpointStore:
             for file in checkpoint.folder.iterdir():
                 write_synced(folder / file.name, file.read_bytes())
 
-    def link(self, epochs: dict[str, int]) -> None:
-        """Point the links (last, best, best_ema) at their epochs, then remove old checkpoints that have no link."""
-        for name, epoch in epochs.items():
+    def link(self, positions: dict[str, Position]) -> None:
+        """Point the links (last, best, best_ema) at their checkpoints, then remove old ones that have no link."""
+        for name, position in positions.items():
             link = self.folder / name
-            if not link.is_symlink() or os.readlink(link) != _name(epoch):
-                link_atomic(link, _name(epoch))
-        for path in list(self.epochs().values())[: -self._keep]:
-            if path.name not in map(_name, epochs.values()):
+            if not link.is_symlink() or os.readlink(link) != position.name:
+                link_atomic(link, position.name)
+        for position, path in list(self.positions().items())[: -self._keep]:
+            if position not in positions.values():
                 # renamed first, so that a half-removed folder does not look like a checkpoint
                 gone = path.with_name(f".old-{path.name}")
                 os.rename(path, gone)
@@ -129,13 +158,10 @@ class CheckpointStore:
             if not is_disk_full(error):
                 raise
             raise UserError(
-                f"no room left to save {name} in {self.folder} ({error.strerror}); the checkpoints there, up to epoch "
-                f"{max(self.epochs(), default=0)}, are intact: free some space and continue with --resume auto"
+                f"no room left to save {name} in {self.folder} ({error.strerror}); the checkpoints there, up to "
+                f"{max(self.positions(), default=Position(0))}, are intact: free some space and continue with "
+                "--resume auto"
             ) from error
-
-
-def _weights(model: nn.Module) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
 
 
 def _replace_folder(aside: Path, final: Path) -> None:
@@ -159,6 +185,10 @@ class Checkpoint:
     meta: dict[str, Any]
 
     @property
+    def position(self) -> Position:
+        return Position(self.meta["epoch"], self.meta["update"])
+
+    @property
     def has_ema(self) -> bool:
         return (self.folder / MODEL_EMA).exists()
 
@@ -167,15 +197,15 @@ class Checkpoint:
         """The file to start from: the plain or the averaged weights, whichever validated better when it was written."""
         return self.folder / f"{self.meta['weights']}.safetensors"
 
-    def load_weights(self, name: str, model: nn.Module) -> None:
-        """Load file `name` (MODEL or MODEL_EMA) into `model`, all or nothing; UserError names the differing keys."""
+    def weights(self, name: str, model: nn.Module) -> Weights:
+        """The tensors of file `name` (MODEL or MODEL_EMA); UserError names the keys in which `model` differs."""
         tensors = load_file(self.folder / name)
         difference = describe_difference(tensors, model.state_dict())
         if difference:
             raise UserError(
                 f"{self.folder / name} is of another model: {difference}; use the config it was trained with"
             )
-        model.load_state_dict(tensors)
+        return tensors
 
     def train_state(self) -> dict[str, Any]:
         """The content of train_state.pt: tensors, numbers and names only."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from classification.errors import UserError
+from classification.preemption import Preempted
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def is_local_main() -> bool:
 
 
 @contextlib.contextmanager
-def joined_world(device_name: str) -> Iterator[World]:
+def joined_world(device_name: str, memory_share: float = 0.0) -> Iterator[World]:
     """Join the processes of the launcher, if there is one: torchrun and torch.distributed.launch set the environment.
 
-    `device_name` is "cpu", "cuda" or "" (CUDA where there is one). LOCAL_RANK is the device index: the global rank is
+    `device_name` is "cpu", "cuda" or "" (CUDA where there is one); `memory_share`, if not 0, is the most of the GPU's
+    memory that this process may take. LOCAL_RANK is the device index: the global rank is
     not, as soon as there are two machines. gloo connects CPU processes, nccl GPU processes.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -84,17 +86,33 @@ def joined_world(device_name: str) -> Iterator[World]:
     if use_cuda:
         _check_cuda(device)
         torch.cuda.set_device(device)
+        if memory_share:
+            torch.cuda.set_per_process_memory_fraction(memory_share, device)
         # batches of one size: let cuDNN measure its algorithms once
         torch.backends.cudnn.benchmark = True
     if size > 1:
-        dist.init_process_group("nccl" if use_cuda else "gloo", device_id=device if use_cuda else None)
+        store = _store_of_this_start(rank, size)
+        backend, device_id = ("nccl", device) if use_cuda else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     try:
         yield World(rank, size, device)
-    except UserError:
+    except (UserError, Preempted):
         # raised on all ranks alike, so none is left in the middle of an exchange; after any other error one may be
         _leave(size)
         raise
     _leave(size)
+
+
+def _store_of_this_start(rank: int, size: int) -> dist.Store:
+    """Where the processes find each other, apart from what a killed attempt left there.
+
+    torchrun --max-restarts without --standalone keeps one store for all attempts, in which new processes would find the
+    addresses of dead ones and wait for them. On one machine all processes know the same number of restarts.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
 
 
 def _leave(size: int) -> None:

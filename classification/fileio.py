@@ -1,8 +1,14 @@
-"""Files that appear complete or not at all: write aside, fsync, rename, fsync the folder."""
+"""Files that appear complete or not at all: write aside, fsync, rename, fsync the folder; and a lock."""
 
+import contextlib
 import errno
+import fcntl
 import os
+import platform
+from collections.abc import Iterator
 from pathlib import Path
+
+from classification.errors import UserError
 
 # what the operating system says when the disk, the quota or the file-size limit is used up
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -49,3 +55,26 @@ def link_atomic(link: Path, target: str) -> None:
     os.symlink(target, aside)
     os.replace(aside, link)
     sync_folder(link.parent)
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to `folder` (created if it is not there); UserError when one does already.
+
+    The operating system gives the lock back when this process ends, however it ends. A POSIX record lock and not
+    flock(): the latter would live on in the loader's workers after a kill.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another "
+                "--tag or --output"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield

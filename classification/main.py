@@ -3,11 +3,13 @@
     python classification/main.py --cfg FILE --data-path FOLDER --output FOLDER [--tag NAME] [--batch-size N] ...
     torchrun --nproc_per_node=2 classification/main.py ...           (or python -m torch.distributed.launch)
 
-The run folder is OUTPUT/TAG, or OUTPUT without --tag. It receives config.yaml, log.txt, log.jsonl, TensorBoard events,
-checkpoints/ and metrics.json. Mistakes of the user end with one line on stderr and exit status 2.
+The run folder is OUTPUT/TAG, or OUTPUT without --tag. It receives config.yaml, log.txt, log.jsonl, summary.csv,
+TensorBoard events, checkpoints/, metrics.json and report.md. SIGTERM and SIGUSR1 save at the next update and end with
+exit status 0. Mistakes of the user end with one line on stderr and exit status 2.
 """
 
 import argparse
+import contextlib
 import copy
 import logging
 import sys
@@ -16,19 +18,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from yacs.config import CfgNode as CN
 
-from classification.checkpoint import MODEL, MODEL_EMA, Checkpoint, CheckpointStore, read_checkpoint
+from classification.checkpoint import MODEL, MODEL_EMA, Checkpoint, CheckpointStore, Position, read_checkpoint
 from classification.config import FLAG_KEYS, load_config, model_differences, parse_config
 from classification.data.build import eval_loader, scan_split
 from classification.data.dataset import BadImages
+from classification.data.sources import FORMATS
 from classification.distributed import World, is_local_main, joined_world
-from classification.engine import measure_throughput, validate
 from classification.errors import UserError
-from classification.fileio import is_disk_full
-from classification.logger import RunLog
-from classification.model import build_model, check_precision, load_pretrained
+from classification.evaluate import validate
+from classification.fileio import folder_lock, is_disk_full
+from classification.logger import RunLog, peak_memory_mb
+from classification.model import build_model, load_pretrained
+from classification.parallel import load_whole
+from classification.precision import resolve_amp
+from classification.preemption import Preempted, StopRequest
 from classification.results import description, evaluation_metrics, summary, write_metrics
+from classification.speed import inference_speed, training_speed
+from classification.start import prepare
 from classification.trainer import train
 
 # not __name__, which is "__main__" when this file is run
@@ -48,7 +57,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="e.g. configs/classification/vmamba/vmamba_tiny_s1l8.yaml")
     add("--opts", nargs="+", metavar="KEY VALUE", help="config keys and values, e.g. TRAIN.EPOCHS 100 MODEL.KWARGS.x 1")
-    add("--data-path", metavar="FOLDER", help="holds train/<class>/* and val/<class>/*")
+    add("--data-path", metavar="FOLDER", help="holds train/<class>/* and val/<class>/*, or what --dataset names")
+    add("--dataset", choices=tuple(FORMATS), help="how DATA_PATH is laid out (folder)")
+    add("--zip", action="store_const", const="zip", dest="dataset", help="the same as --dataset zip")
+    add("--cache-mode", choices=("no", "part", "full"), help="bytes of an archive to hold in memory")
     add("--batch-size", type=int, metavar="N", help="images per process and micro-step")
     add("--accumulation-steps", type=int, metavar="N", help="micro-steps per optimizer update")
     add("--output", metavar="FOLDER")
@@ -58,8 +70,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
     add("--eval", action="store_true", help="validate the weights of --resume or --pretrained; no training")
     add("--throughput", action="store_true", help="measure inference images/s on synthetic images; no training")
+    add("--traincost", action="store_true", help="measure training images/s and memory on synthetic images")
     add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")
-    add("--amp", choices=("bf16", "fp16", "off"))
+    add("--optim", choices=("adamw", "sgd"))
+    add("--model_ema", type=_switch, metavar="BOOL", help="False keeps no averaged weights")
+    add("--model_ema_decay", type=float, metavar="D", help="decay of the averaged weights per update")
+    add("--mesa", action="store_true", help="draw the model to its average's prediction (VSSD)")
+    add("--mesa_value", type=float, metavar="W", help="weight of that, 1.0 with --mesa alone")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"))
+    add("--disable_amp", action="store_const", const="off", dest="amp", help="the same as --amp off")
+    add("--compile", action="store_true", default=None, help="torch.compile the model")
+    add("--channels-last", action="store_true", default=None)
+    add("--memory_limit_rate", type=float, metavar="SHARE", help="most GPU memory a process may take")
     add("--device", choices=("cpu", "cuda"))
     # torch.distributed.launch adds this; the environment variable LOCAL_RANK says the same for every launcher
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
@@ -70,7 +92,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--new-head goes with --pretrained FILE, to train a fresh classifier on its features")
     if args.resume not in (None, "auto") and args.pretrained:
         raise UserError("give --resume CHECKPOINT or --pretrained, not both: a resumed run has its weights already")
+    if args.model_ema is False:
+        args.model_ema_decay = 0.0
+    if args.mesa and args.mesa_value is None:
+        args.mesa_value = 1.0
     return args
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,8 +110,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         cfg = load_config(args.cfg, args.opts, {flag: getattr(args, flag) for flag in FLAG_KEYS})
-        with joined_world(cfg.DEVICE) as world, RunLog(world.is_main) as log:
+        with (
+            joined_world(cfg.DEVICE, cfg.MEMORY_SHARE) as world,
+            world.together(lambda: RunLog(world.is_main, cfg.WANDB)) as log,
+        ):
             run(args, cfg, world, log)
+    except Preempted as stopped:
+        if is_local_main():
+            print(stopped)
+        return 0
     except UserError as error:
         message = str(error)
     except OSError as error:
@@ -99,9 +138,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
     """Do what the arguments ask for. Nothing is written before data, model and weights have been found to be good."""
-    world.together(lambda: check_precision(cfg.AMP, world.device))
+    world.together(lambda: resolve_amp(cfg.AMP, world.device))
     if args.throughput:
         report_throughput(cfg, world)
+        return
+    if args.traincost:
+        report_training_cost(cfg, world)
         return
     folder = Path(cfg.OUTPUT) / cfg.TAG
     if not args.eval and not args.resume:
@@ -150,10 +192,10 @@ def check_continuation(checkpoint: Checkpoint, store: CheckpointStore, folder: P
     """UserError where continuing from `checkpoint` in `folder` would overwrite later epochs or mix two runs."""
     if checkpoint.folder.parent != store.folder.resolve():
         refuse_existing_run(folder)
-    newest, epoch = max(store.epochs(), default=0), checkpoint.meta["epoch"]
-    if newest > epoch:
+    newest = max(store.positions(), default=Position(0))
+    if newest > checkpoint.position:
         raise UserError(
-            f"{store.folder} goes on to epoch {newest}; resuming from epoch {epoch} would overwrite that: choose "
+            f"{store.folder} goes on to {newest}; resuming from {checkpoint.position} would overwrite that: choose "
             "another --tag or --output for the new branch, or use --resume auto"
         )
 
@@ -163,39 +205,42 @@ def evaluate(
 ) -> None:
     """Validate the weights of the checkpoint (plain and averaged) or of --pretrained, and write metrics.json."""
     start = time.perf_counter()
-    found = world.together(lambda: scan_split(cfg, "val"))
+    source = world.together(lambda: scan_split(cfg, "val"))
     network = world.together(lambda: build_model(cfg))
-    models, source = {"model": network}, str(args.pretrained)
+    models, weights_of = {"model": network}, str(args.pretrained)
     if checkpoint is None:
         _log.info("weights from %s", world.together(lambda: load_pretrained(network, Path(args.pretrained))))
     else:
-        source = str(checkpoint.folder)
-        world.together(lambda: checkpoint.load_weights(MODEL, network))
+        weights_of = str(checkpoint.folder)
+        world.together(lambda: load_whole(network, checkpoint.weights(MODEL, network)))
         if checkpoint.has_ema:
-            models["model_ema"] = copy.deepcopy(network)
-            world.together(lambda: checkpoint.load_weights(MODEL_EMA, models["model_ema"]))
+            models["model_ema"] = average = copy.deepcopy(network)
+            world.together(lambda: load_whole(average, checkpoint.weights(MODEL_EMA, average)))
+    memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     for model in models.values():
-        model.to(world.device)
-    world.on_main(lambda: open_folder(folder, log))
-    loader = eval_loader(cfg, found, world)
-    bad = BadImages(world, len(found.samples), None)
-    validated = validate(models, loader, cfg, world, bad)
-    records = {weights: asdict(accuracy) for weights, accuracy in validated.items()}
-    seconds = time.perf_counter() - start
-    _log.info("%s: %s; %d images left out; %.1f s", source, summary(records), bad.count, seconds)
-    common = {
-        "excluded": bad.count,
-        "seconds": seconds,
-        "images_per_second": len(found.samples) / seconds,
-        **description(cfg, world, network),
-    }
-    world.on_main(lambda: write_metrics(folder, evaluation_metrics(records, source, common)))
+        model.to(world.device, memory_format=memory_format)
+    amp = resolve_amp(cfg.AMP, world.device)
+    with contextlib.ExitStack() as stack:
+        world.on_main(lambda: open_folder(folder, log, stack))
+        loader = eval_loader(cfg, source, world)
+        bad = BadImages(world, len(source), None)
+        validated = validate(models, loader, amp, world, bad, StopRequest(), memory_format=memory_format)
+        records = {weights: asdict(accuracy) for weights, accuracy in validated.items()}
+        seconds = time.perf_counter() - start
+        _log.info("%s: %s; %d images left out; %.1f s", weights_of, summary(records), bad.count, seconds)
+        common = {
+            "excluded": bad.count,
+            "seconds": seconds,
+            "images_per_second": len(source) / seconds,
+            **description(cfg, world, network, amp),
+        }
+        world.on_main(lambda: write_metrics(folder, evaluation_metrics(records, weights_of, common)))
 
 
-def open_folder(folder: Path, log: RunLog) -> None:
-    """Create the folder for the results of an evaluation (rank 0), or add to one that is there."""
+def open_folder(folder: Path, log: RunLog, stack: contextlib.ExitStack) -> None:
+    """Create and lock the folder for the results of an evaluation (rank 0), or add to one that is there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(folder_lock(folder))
         log.open_text(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
@@ -203,19 +248,26 @@ def open_folder(folder: Path, log: RunLog) -> None:
 
 def report_throughput(cfg: CN, world: World) -> None:
     """Print inference images/s of one process."""
-    network = world.together(lambda: build_model(cfg)).to(world.device)
-    speed = measure_throughput(network, cfg, world.device)
+    memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
+    network = world.together(lambda: build_model(cfg)).to(world.device, memory_format=memory_format)
+    amp = resolve_amp(cfg.AMP, world.device)
+    speed = inference_speed(torch.compile(network) if cfg.COMPILE else network, cfg, amp, world.device)
+    _log.info("throughput of %s: %.1f images/s (%s)", cfg.MODEL.NAME, speed, _conditions(cfg, amp, world))
+
+
+def report_training_cost(cfg: CN, world: World) -> None:
+    """Print training images/s of one process of the run, with its exchanges, and peak memory."""
+    run = prepare(cfg, world, updates_per_epoch=1000)
+    speed = training_speed(run, cfg, world)
+    memory = peak_memory_mb(world.device)
+    conditions = _conditions(cfg, run.amp, world)
+    _log.info("training of %s: %.1f images/s, peak %.0f MB (%s)", cfg.MODEL.NAME, speed, memory, conditions)
+
+
+def _conditions(cfg: CN, amp: str, world: World) -> str:
     size = cfg.DATA.IMG_SIZE
-    _log.info(
-        "throughput of %s: %.1f images/s (median of 5; batch %d, %dx%d, amp %s, %s)",
-        cfg.MODEL.NAME,
-        speed,
-        cfg.DATA.BATCH_SIZE,
-        size,
-        size,
-        cfg.AMP,
-        world.device,
-    )
+    how = f"median of 5; batch {cfg.DATA.BATCH_SIZE}, {size}x{size}, amp {amp}, {world.device}"
+    return how + (", compiled" if cfg.COMPILE else "") + (", channels last" if cfg.CHANNELS_LAST else "")
 
 
 if __name__ == "__main__":

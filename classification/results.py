@@ -11,7 +11,7 @@ from torch import nn
 from yacs.config import CfgNode as CN
 
 from classification.distributed import World
-from classification.engine import Accuracy
+from classification.evaluate import Accuracy
 from classification.fileio import write_atomic
 from classification.logger import versions
 from classification.model import count_parameters
@@ -44,9 +44,9 @@ class Results:
             if self.records[_BEST[weights]]["epoch"] not in epochs:
                 self.records[_BEST[weights]] = record
 
-    def links(self) -> dict[str, int]:
-        """The epochs of the checkpoint links."""
-        return {name: self.records[name]["epoch"] for name in ("last", *_BEST.values()) if name in self.records}
+    def best_epochs(self) -> dict[str, int]:
+        """The epochs of the links to the best checkpoints."""
+        return {name: int(self.records[name]["epoch"]) for name in _BEST.values() if name in self.records}
 
     def latest(self) -> dict[str, Record]:
         """The last record of each kind of weights."""
@@ -75,7 +75,7 @@ def summary(records: Mapping[str, Record]) -> str:
     )
 
 
-def description(cfg: CN, world: World, network: nn.Module) -> dict[str, Any]:
+def description(cfg: CN, world: World, network: nn.Module, amp: str) -> dict[str, Any]:
     """What was run, on what: the part of metrics.json that training and evaluation share."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     return {
@@ -83,7 +83,7 @@ def description(cfg: CN, world: World, network: nn.Module) -> dict[str, Any]:
         "parameters": count_parameters(network),
         "device": device,
         "processes": world.size,
-        "amp": cfg.AMP,
+        "amp": amp,
         "versions": versions(),
     }
 

@@ -1,7 +1,7 @@
 """Randomness as a function of (seed, what, where) instead of history.
 
-A sample's augmentation is seeded by (seed, epoch, index), a training step by (seed, step, rank). Nothing depends on
-which worker or process did what before, so the number of workers is free and a resumed run continues exactly.
+A sample's augmentation is seeded by (seed, epoch, index, repeat), a training step by (seed, step, rank). Nothing
+depends on which worker or process did what before, so the number of workers is free and a resumed run goes on exactly.
 """
 
 import random
@@ -22,10 +22,10 @@ def _words(*key: int) -> tuple[int, int, int]:
 
 
 @contextmanager
-def sample_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
+def sample_rng(seed: int, epoch: int, index: int, repeat: int) -> Iterator[None]:
     """Inside, python, numpy and torch (CPU) draw from the stream of one sample; afterwards all is as before."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    for_python, for_numpy, for_torch = _words(seed, _SAMPLE, epoch, index)
+    for_python, for_numpy, for_torch = _words(seed, _SAMPLE, epoch, index, repeat)
     random.seed(for_python)
     np.random.seed(for_numpy)
     # torch.manual_seed would also queue a seeding of CUDA, with a stack trace, for every sample of every worker

@@ -13,21 +13,26 @@ from classification.errors import UserError
 
 # up to this size (CIFAR, digits) images are shifted by a padded crop instead of being cut out of a larger image
 _SMALL = 32
-_SMALL_PADDING = 4
+_PADDING = 4
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
 
 def train_transform(cfg: CN) -> Transform:
-    """RGB image -> normalised fp32 tensor (3, S, S), augmented by the global python, numpy and torch generators."""
-    size, aug = cfg.DATA.IMG_SIZE, cfg.AUG
+    """RGB image -> normalised fp32 tensor (3, S, S), augmented by the global python, numpy and torch generators.
+
+    AUG.CROP simple and AUG.THREE_AUGMENT are those of DeiT III (Touvron et al. 2022, https://arxiv.org/abs/2204.07118,
+    section 3): a random square of the shorter side, and greyscale, solarisation or blur (one of them, always) followed
+    by colour jitter. In the way of that paper AUG.REPROB is 0.
+    """
+    size, aug, mode = cfg.DATA.IMG_SIZE, cfg.AUG, InterpolationMode(cfg.DATA.INTERPOLATION)
     try:
         transform = create_transform(
             input_size=size,
             is_training=True,
             hflip=aug.HFLIP,
             color_jitter=aug.COLOR_JITTER or None,
-            auto_augment=aug.AUTO_AUGMENT or None,
+            auto_augment="3a" if aug.THREE_AUGMENT else aug.AUTO_AUGMENT or None,
             interpolation=cfg.DATA.INTERPOLATION,
             re_prob=aug.REPROB,
             re_mode=aug.REMODE,
@@ -39,18 +44,22 @@ def train_transform(cfg: CN) -> Transform:
             f"AUG.AUTO_AUGMENT {aug.AUTO_AUGMENT!r} is not a policy of timm ({error}); e.g. rand-m9-mstd0.5-inc1"
         ) from error
     if size <= _SMALL:
-        resize = transforms.Resize((size, size), InterpolationMode(cfg.DATA.INTERPOLATION))
-        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=_SMALL_PADDING)]
+        resize = transforms.Resize((size, size), mode)
+        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=_PADDING)]
+    elif aug.CROP == "simple":
+        crop = transforms.RandomCrop(size, padding=_PADDING, padding_mode="reflect")
+        transform.transforms[0:1] = [transforms.Resize(size, mode), crop]
     return transform
 
 
 def eval_transform(cfg: CN) -> Transform:
-    """RGB image -> normalised fp32 tensor (3, S, S): shorter side to 256/224 of S and centre crop; small S: resize."""
-    size, mode = cfg.DATA.IMG_SIZE, InterpolationMode(cfg.DATA.INTERPOLATION)
-    if size <= _SMALL:
+    """RGB image -> normalised fp32 tensor (3, S, S): shorter side to S / CROP_RATIO and centre crop. With CROP_RATIO 1,
+    and for small S, the whole image is resized to the square."""
+    size, mode, ratio = cfg.DATA.IMG_SIZE, InterpolationMode(cfg.DATA.INTERPOLATION), cfg.DATA.CROP_RATIO
+    if size <= _SMALL or ratio == 1:
         resize = [transforms.Resize((size, size), mode)]
     else:
-        resize = [transforms.Resize(int(256 / 224 * size), mode), transforms.CenterCrop(size)]
+        resize = [transforms.Resize(int(size / ratio), mode), transforms.CenterCrop(size)]
     normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return transforms.Compose([*resize, transforms.ToTensor(), normalise])
 

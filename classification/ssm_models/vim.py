@@ -413,7 +413,7 @@ class VisionMamba(nn.Module):
         """Layer groups for layer-wise learning rates, from the stem to the head."""
         with_previous = (99999,)  # timm's sign for "in the group of what comes before"
         return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "stem": r"^cls_token|^pos_embed|^patch_embed|^pos_drop",
             "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", with_previous)],
         }
 

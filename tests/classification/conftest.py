@@ -1,6 +1,10 @@
 """A tiny image folder, a tiny config, and calls of the real command line inside the test process."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +13,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from classification.main import main
+
+MAIN = Path(__file__).parents[2] / "classification" / "main.py"
 
 CLASSES = ("cat", "dog", "eel")
 TRAIN_PER_CLASS, VAL_PER_CLASS = 7, 5  # 21 and 15 images: divisible by no batch size used here but their own factors
@@ -56,7 +63,7 @@ def tiny_cfg(tmp_path_factory, image_tree) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     off = {"HFLIP": 0.0, "COLOR_JITTER": 0.0, "AUTO_AUGMENT": "", "REPROB": 0.0, "MIXUP": 0.0, "CUTMIX": 0.0}
     config = {
-        "DATA": {"DATA_PATH": str(image_tree), "BATCH_SIZE": 4, "IMG_SIZE": 32, "NUM_WORKERS": 0},
+        "DATA": {"DATA_PATH": str(image_tree), "BATCH_SIZE": 4, "IMG_SIZE": 32, "NUM_WORKERS": 0, "MAX_BAD_SHARE": 0.2},
         "MODEL": {
             "NAME": "vmamba_nano",
             "NUM_CLASSES": len(CLASSES),
@@ -119,3 +126,52 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Run a script under torchrun: torchrun(processes, *arguments, script=main.py, options=()) -> CompletedProcess."""
+
+    def run(
+        processes: int, *arguments: object, script: Path = MAIN, options: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}", *options]
+        # the launcher leaves a folder in TMPDIR
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+        command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def state_of():
+    """state_of(checkpoint folder) -> every tensor and number in it, under one flat name."""
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for file in ("model", "model_ema"):
+            tensors |= {f"{file}/{name}": value for name, value in load_file(folder / f"{file}.safetensors").items()}
+        train_state = torch.load(folder / "train_state.pt", weights_only=True)
+        for name, state in train_state["optimizer"].items():
+            tensors |= {f"optimizer/{name}/{key}": value for key, value in state.items()}
+        tensors["updates"] = torch.tensor(train_state["updates"])
+        return tensors | {f"scaler/{key}": torch.tensor(value) for key, value in train_state["scaler"].items()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def same_state(state_of):
+    """same_state(folder, folder): all tensors of two checkpoints are equal, bit for bit."""
+
+    def compare(one: Path, other: Path) -> None:
+        expected, found = state_of(one), state_of(other)
+        assert expected.keys() == found.keys() and len(expected) > 100
+        for name, value in expected.items():
+            assert torch.equal(value, found[name]), name
+
+    return compare

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from analyze import loss, predictions
+from classification.report import read_curves, write_report
 
 
 @pytest.fixture
@@ -15,19 +16,20 @@ def run(cli, tmp_path):
 
 
 def test_curves(run, tmp_path, capsys):
-    log = run / "log.jsonl"
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    # a resumed run repeats entries, and a killed one leaves half a line: the later entry holds, the rest is skipped
-    repeated = {**next(e for e in entries if e["kind"] == "train" and e["epoch"] == 2), "loss": 0.125}
-    log.write_text(log.read_text() + '{"kind": "tra\n' + json.dumps(repeated) + "\n")
-    curves = loss.read_curves(run)
-    assert list(curves.train) == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0])
-    assert curves.train[1.2]["loss"] == 0.125
-    assert list(curves.val) == [1.0, 2.0]
-    figure = loss.draw([curves])
-    lines = {line.get_label(): list(line.get_ydata()) for axes in figure.axes for line in axes.get_lines()}
-    assert set(lines) == {"training", "validation", "validation, EMA", "model", "EMA"}
-    assert lines["model"] == [entry["top1"] for entry in entries if entry["kind"] == "val"]
+    """A real run's curves are its log's numbers, and its own report shows its own metrics."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    series = read_curves(run).series
+    assert series["train/loss"].x == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0])
+    for key in ("loss", "lr", "grad_norm", "images_per_second", "data_wait"):
+        assert series[f"train/{key}"].y == [entry[key] for entry in entries if entry["kind"] == "train"]
+    for key in ("loss", "top1", "ema_loss", "ema_top1"):
+        assert series[f"val/{key}"] == ([1.0, 2.0], [entry[key] for entry in entries if entry["kind"] == "val"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    text = write_report(run).read_text()
+    assert f"**{metrics['top1']:.2f} %** top-1" in text and f"| parameters | {metrics['parameters']:,} |" in text
+    capsys.readouterr()
+    assert loss.main(["--run", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "curves.png")
     out = tmp_path / "deep" / "curves.png"
     assert loss.main(["--run", str(run), str(run), "--out", str(out)]) == 0
     assert Image.open(out).size[0] > 1000 and capsys.readouterr().out.strip() == str(out)

@@ -105,7 +105,12 @@ def test_unreadable_images(cli, fails, own_tree, read_log, tmp_path):
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
     assert (metrics["images"], metrics["excluded"]) == (14, 1)
     line = fails(
-        *data, tmp_path / "limit", "--opts", "DATA.MAX_BAD_IMAGES", 1, parts=("2 of 21", "allows 1", "cat/2.png")
+        *data,
+        tmp_path / "limit",
+        "--opts",
+        "DATA.MAX_BAD_SHARE",
+        0.05,
+        parts=("2 of 21", "allows 1 of 21", "cat/2.png"),
     )
     assert "dog/6.png" in line and not (tmp_path / "limit/checkpoints").exists()
     for image in (own_tree / "val").rglob("*.png"):

@@ -43,7 +43,7 @@ def test_two_processes_train_like_one(cli, read_log, tiny_cfg, tmp_path, port):
     assert done.stdout.count("4 images per update") == 0 and done.stdout.count("8 images per update") == 1
     assert cli("--batch-size", 4, "--accumulation-steps", 2, "--output", tmp_path / "one").status == 0
     one, two = (read_log(tmp_path / name, "train") for name in ("one", "two"))
-    assert len(one) == len(two) == 2 * 4
+    assert len(one) == len(two) == 2 * 2
     for alone, together in zip(one, two, strict=True):
         for key in ("epoch", "iteration", "update", "lr"):
             assert alone[key] == together[key]
@@ -76,7 +76,7 @@ def test_an_error_of_one_rank_ends_all_with_one_line(tiny_cfg, own_tree, tmp_pat
     for number in (1, 3, 5):
         (own_tree / f"train/dog/{number}.png").write_bytes(b"")
     arguments = ["--cfg", tiny_cfg, "--data-path", own_tree, "--batch-size", 2, "--output", tmp_path / "run"]
-    arguments += ["--opts", "DATA.MAX_BAD_IMAGES", 2, "PRINT_FREQ", 5]
+    arguments += ["--opts", "DATA.MAX_BAD_SHARE", 0.1, "PRINT_FREQ", 5]
     done = launch(
         "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", MAIN, *arguments, cwd=tmp_path
     )

@@ -10,20 +10,26 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
+from classification import trainer
 from classification.config import load_config
-from classification.data.build import scan_split, train_loader
 from classification.data.dataset import BadImages, Batch
+from classification.data.samplers import Key
 from classification.data.transforms import build_mixup
 from classification.distributed import World
-from classification.engine import Accuracy, apply_update, train_one_epoch, training_loss, validate
+from classification.engine import take_update, training_loss
 from classification.errors import UserError
-from classification.logger import RunLog
-from classification.lr_scheduler import Rates, build_scheduler, resolve_rates
+from classification.evaluate import Accuracy, Interrupted, validate
+from classification.lr_scheduler import Rates, build_schedule, resolve_rates
 from classification.optimizer import build_optimizer, decay_counts, load_state_by_name, state_by_name
+from classification.preemption import StopRequest
 from classification.results import Results, better_weights, training_metrics
-from classification.trainer import prepare
+from classification.start import prepare
 
 CPU = World(0, 1, torch.device("cpu"))
+
+
+def update(run):
+    return take_update(run, CPU, finite=True, stop=False)
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def make(tiny_cfg):
 
     def build(opts: str = ""):
         cfg = load_config(str(tiny_cfg), opts.split())
-        return cfg, prepare(cfg, CPU, 5, None, None, False)
+        return cfg, prepare(cfg, CPU, 5)
 
     return build
 
@@ -42,7 +48,7 @@ def test_learning_rate_curve(tiny_cfg):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
     rates = Rates(base=1e-3, warmup=1e-6, minimum=1e-5)
     per_epoch = 7
-    scheduler = build_scheduler(optimizer, cfg.TRAIN, rates, per_epoch)
+    schedule = build_schedule(optimizer, cfg.TRAIN, rates, per_epoch)
     warmup, rest = 2 * per_epoch, 4 * per_epoch
     for t in range(warmup + rest + 3):
         if t < warmup:
@@ -52,7 +58,7 @@ def test_learning_rate_curve(tiny_cfg):
         else:
             expected = 1e-5
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12), t
-        scheduler.step_update(t + 1)
+        schedule.set(t + 1)
 
 
 def test_published_linear_scaling(tiny_cfg):
@@ -96,8 +102,8 @@ def test_optimizer_state_travels_by_name(make):
     _, first = make()
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     for _ in range(2):
-        training_loss(first, images, targets, "off").backward()
-        apply_update(first, 5.0)
+        training_loss(first, images, targets).backward()
+        update(first)
     saved = state_by_name(first.network, first.optimizer)
     assert set(saved) == {name for name, _ in first.network.named_parameters()}
     _, second = make()
@@ -112,12 +118,11 @@ def test_optimizer_state_travels_by_name(make):
 
 
 def test_ema_and_clipping(make):
-    cfg, run = make("TRAIN.EMA_DECAY 0.75")
+    cfg, run = make("TRAIN.EMA_DECAY 0.75 TRAIN.CLIP_GRAD 1e-4")
     before = {name: value.clone() for name, value in run.network.state_dict().items()}
     images, targets = torch.randn(4, 3, 32, 32) * 50, torch.tensor([0, 1, 2, 0])
-    training_loss(run, images, targets, "off").backward()
-    norm = apply_update(run, 1e-4)
-    assert norm > 1e-4
+    training_loss(run, images, targets).backward()
+    assert update(run).norm > 1e-4
     after = run.network.state_dict()
     assert any(not torch.equal(before[name], after[name]) for name in before)
     for name, value in run.ema.module.state_dict().items():
@@ -131,27 +136,27 @@ def test_ema_and_clipping(make):
 def test_skipped_fp16_step_moves_nothing(make):
     cfg, run = make("AMP fp16")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    run.scheduler.step_update(0)
     rate = run.optimizer.param_groups[0]["lr"]
     before = [p.clone() for p in run.network.parameters()]
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
-    run.scaler.scale(training_loss(run, images, targets, "fp16") * 1e30).backward()
-    apply_update(run, 5.0)
+    run.scaler.scale(training_loss(run, images, targets) * 1e30).backward()
+    outcome = update(run)
+    assert (outcome.made, outcome.overflow) == (False, True)
     assert run.scaler.get_scale() < 2.0**40
     assert run.updates == 0 and run.optimizer.param_groups[0]["lr"] == rate
     for now, old, averaged in zip(run.network.parameters(), before, run.ema.module.parameters(), strict=True):
         assert torch.equal(now, old) and torch.equal(averaged, old)
     # the next one, without overflow, counts
     run.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-    run.scaler.scale(training_loss(run, images, targets, "fp16")).backward()
-    apply_update(run, 5.0)
+    run.scaler.scale(training_loss(run, images, targets)).backward()
+    assert update(run).made
     assert run.updates == 1 and run.optimizer.param_groups[0]["lr"] > rate
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_loss_is_fp32(make, amp):
-    _, run = make()
-    assert training_loss(run, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), amp).dtype == torch.float32
+    _, run = make(f"AMP {amp}")
+    assert training_loss(run, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).dtype == torch.float32
 
 
 def test_label_smoothing_and_mixing_agree_with_their_definitions(make):
@@ -160,7 +165,7 @@ def test_label_smoothing_and_mixing_agree_with_their_definitions(make):
     run.network.eval()
     log_p = run.network(images).log_softmax(-1)
     smooth = torch.full((4, 3), 0.1 / 3).scatter_(1, targets[:, None], 0.9 + 0.1 / 3)
-    torch.testing.assert_close(training_loss(run, images, targets, "off"), -(smooth * log_p).sum(-1).mean())
+    torch.testing.assert_close(training_loss(run, images, targets), -(smooth * log_p).sum(-1).mean())
     # cutmix alone mixes the targets as well: the loss follows the target, whatever made it
     cfg, run = make("MODEL.LABEL_SMOOTHING 0.1 AUG.MIXUP 0 AUG.CUTMIX 1.0")
     run.network.eval()
@@ -173,7 +178,7 @@ def test_label_smoothing_and_mixing_agree_with_their_definitions(make):
         return seen["x"], seen["y"]
 
     run.mixup = spy
-    loss = training_loss(run, images.clone(), targets, "off")
+    loss = training_loss(run, images.clone(), targets)
     assert seen["y"].shape == (4, 3)
     torch.testing.assert_close(loss, -(seen["y"] * run.network(seen["x"]).log_softmax(-1)).sum(-1).mean())
 
@@ -201,7 +206,7 @@ def test_accumulation_equals_the_big_batch(cli, read_log, tmp_path):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_validation_counts_every_image_once(make):
+def test_validation_counts_every_image_once():
     class Fixed(nn.Module):
         """Logits that are the image's first seven pixels."""
 
@@ -210,16 +215,19 @@ def test_validation_counts_every_image_once(make):
 
     torch.manual_seed(0)
     images, targets = torch.randn(11, 1, 1, 8), torch.randint(0, 7, (11,))
-    batches = [Batch(images[i : i + 4], targets[i : i + 4], []) for i in range(0, 11, 4)]
-    batches.insert(1, Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), []))
-    cfg, _ = make()
-    result = validate({"model": Fixed()}, batches, cfg, CPU, BadImages(CPU, 11, None))["model"]
+    batches = [Batch(images[i : i + 4], targets[i : i + 4], [], [Key(0, i)]) for i in range(0, 11, 4)]
+    batches.insert(1, Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], []))
+    stop = StopRequest()
+    result = validate({"model": Fixed()}, batches, "off", CPU, BadImages(CPU, 11, None), stop)["model"]
     logits = images[:, 0, 0, :7]
     order = logits.argsort(1, descending=True)
     assert result.images == 11
     assert result.top1 == pytest.approx(100 * (order[:, 0] == targets).double().mean().item())
     assert result.top5 == pytest.approx(100 * (order[:, :5] == targets[:, None]).any(1).double().mean().item())
     assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
+    stop.signal = "SIGTERM"
+    with pytest.raises(Interrupted):
+        validate({"model": Fixed()}, batches, "off", CPU, BadImages(CPU, 11, None), stop)
 
 
 def test_best_results():
@@ -233,35 +241,39 @@ def test_best_results():
         "last": (4, 60, 0.1),
         "last_ema": (4, 40, 0.1),
     }
-    assert results.links() == {"last": 4, "best": 3, "best_ema": 1}
+    assert results.best_epochs() == {"best": 3, "best_ema": 1}
     metrics = training_metrics(results, {})
     assert (metrics["top1"], metrics["weights"], metrics["epoch"]) == (70, "model", 3)
     assert metrics["checkpoint"] == "checkpoints/best/model.safetensors"
     assert better_weights(results.latest()) == "model"
     results.forget_missing({1, 4})
-    assert results.links() == {"last": 4, "best": 4, "best_ema": 1}
+    assert results.best_epochs() == {"best": 4, "best_ema": 1}
 
 
-def test_nonfinite_loss_stops_with_a_way_out(make):
-    cfg, run = make()
-    with torch.no_grad():
-        run.network.get_classifier().weight.fill_(math.nan)
-    loader = train_loader(cfg, scan_split(cfg, "train"), CPU)
-    with RunLog(active=False) as log, pytest.raises(UserError, match="loss became nan in epoch 1, .* --resume auto"):
-        train_one_epoch(run, loader, 0, cfg, CPU, log, BadImages(CPU, 21, 0))
-    # a last update that spoils the weights is noticed before they are saved
-    cfg, run = make("TRAIN.CLIP_GRAD 0")
-    run.optimizer.register_step_post_hook(
-        lambda *_: run.updates == 4 and run.network.classifier.head.bias.data.fill_(math.inf)
-    )
-    with RunLog(active=False) as log, pytest.raises(UserError, match="weights became infinite"):
-        train_one_epoch(run, loader, 0, cfg, CPU, log, BadImages(CPU, 21, 0))
+def test_spoiled_weights_are_not_saved(fails, tmp_path, monkeypatch):
+    """A last update that spoils the weights is noticed before they are saved."""
+    original = trainer.take_update
+
+    def spoil(run, *args, **kwargs):
+        outcome = original(run, *args, **kwargs)
+        if run.updates == 5:
+            run.network.classifier.head.bias.data.fill_(math.inf)
+        return outcome
+
+    monkeypatch.setattr(trainer, "take_update", spoil)
+    fails("--output", tmp_path, parts=("weights became infinite or nan before epoch 1", "--resume auto"))
+    assert not (tmp_path / "checkpoints").exists()
 
 
-def test_throughput_prints_one_line(cli):
-    outcome = cli("--throughput", "--batch-size", 2, "--amp", "bf16")
+def test_speeds_print_one_line(cli):
+    outcome = cli("--throughput", "--batch-size", 2, "--amp", "bf16", "--channels-last")
     assert outcome.status == 0
-    assert "images/s (median of 5; batch 2, 32x32, amp bf16, cpu)" in outcome.out
+    assert "images/s (median of 5; batch 2, 32x32, amp bf16, cpu, channels last)" in outcome.out
+    outcome = cli("--traincost", "--batch-size", 2)
+    assert outcome.status == 0 and outcome.out.count("\n") == 3
+    assert (
+        "training of vmamba_nano: " in outcome.out and "MB (median of 5; batch 2, 32x32, amp off, cpu)" in outcome.out
+    )
 
 
 def test_run_leaves_its_records(cli, read_log, tmp_path):

@@ -1,0 +1,35 @@
+"""Asked to stop: SIGTERM (Kubernetes, Slurm, spot machines) and SIGUSR1 (Slurm's early warning) end a run in order."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(Exception):
+    """The run has saved and ends, to be continued by --resume auto. Raised on all ranks alike."""
+
+
+class StopRequest:
+    """Whether this process has been asked to stop, and by which signal."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.signal)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, the signals only set this flag: a step is finished and a checkpoint written before the run ends."""
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

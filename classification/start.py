@@ -1,0 +1,204 @@
+"""Where a run starts: everything an update needs, built from the config or restored from a checkpoint."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from yacs.config import CfgNode as CN
+
+from classification.checkpoint import MODEL, MODEL_EMA, Checkpoint, Position, Weights
+from classification.data.transforms import build_mixup
+from classification.distributed import World
+from classification.engine import Training
+from classification.errors import UserError
+from classification.losses import build_criterion
+from classification.lr_scheduler import build_schedule, resolve_rates
+from classification.model import build_model, count_parameters, freeze, load_pretrained
+from classification.optimizer import build_optimizer, decay_counts, load_state_by_name, state_by_name
+from classification.parallel import load_whole, shard, whole, wrap
+from classification.precision import resolve_amp
+from classification.seeding import seed_init
+
+_log = logging.getLogger(__name__)
+
+
+def images_per_update(cfg: CN, world: World) -> int:
+    """The global batch."""
+    return cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
+
+
+def same_updates(cfg: CN, checkpoint: Checkpoint | None, world: World) -> CN:
+    """The config under which another number of processes than wrote `checkpoint` makes the same updates: same global
+    batch, same schedule, same order of images. Raises UserError where the global batch cannot be divided."""
+    if checkpoint is None or checkpoint.meta["processes"] == world.size:
+        return cfg
+    wanted = checkpoint.meta["images_per_update"]
+    if wanted == images_per_update(cfg, world):
+        return cfg
+    share, rest = divmod(wanted, world.size)
+    if rest:
+        raise UserError(
+            f"{checkpoint.folder} was written with {wanted} images per update, which {world.size} processes cannot "
+            "share: use a number that divides it"
+        )
+    # the largest batch that fits where the configured one did; pairs for mixup stay pairs
+    batch = max(size for size in range(1, min(share, cfg.DATA.BATCH_SIZE) + 1) if share % size == 0)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS = batch, share // batch
+    cfg.freeze()
+    _log.info(
+        "%d process(es) instead of %d: batch %d x %d accumulation step(s) keep %d images per update",
+        world.size,
+        checkpoint.meta["processes"],
+        batch,
+        share // batch,
+        wanted,
+    )
+    return cfg
+
+
+def prepare(
+    cfg: CN,
+    world: World,
+    updates_per_epoch: int,
+    checkpoint: Checkpoint | None = None,
+    pretrained: Path | None = None,
+    new_head: bool = False,
+) -> Training:
+    """Model, average, loss, optimizer and schedule. Raises UserError for weights of another model."""
+    run = world.together(lambda: _build(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head))
+    if world.size > 1 and cfg.PARALLEL == "fsdp":
+        shard(run.network)
+        if run.ema is not None:
+            shard(run.ema.module)
+            # one call for all tensors does not take both distributed parameters and plain buffers
+            run.ema.foreach = False
+        # its parameters are other tensors now
+        run.optimizer = build_optimizer(run.network, cfg.TRAIN, run.optimizer.defaults["lr"])
+        run.schedule = _schedule(run.optimizer, cfg, world, updates_per_epoch)
+    if checkpoint is not None:
+        world.together(lambda: _restore_progress(run, checkpoint))
+    # with the weights in place, and with all ranks alive: DDP sends those of rank 0 to all
+    run.parallel = wrap(run.network, cfg, world)
+    return run
+
+
+def _build(
+    cfg: CN,
+    world: World,
+    updates_per_epoch: int,
+    checkpoint: Checkpoint | None,
+    pretrained: Path | None,
+    new_head: bool,
+) -> Training:
+    seed_init(cfg.SEED)
+    network = build_model(cfg)
+    if checkpoint is None and pretrained is not None:
+        _log.info("weights from %s", load_pretrained(network, pretrained, new_head))
+    freeze(network, cfg)
+    memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format
+    network.to(world.device, memory_format=memory_format)
+    ema = ModelEmaV3(network, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
+    rates = resolve_rates(cfg.TRAIN, images_per_update(cfg, world))
+    optimizer = build_optimizer(network, cfg.TRAIN, rates.base)
+    amp = resolve_amp(cfg.AMP, world.device)
+    run = Training(
+        network=network,
+        parallel=network,
+        ema=ema,
+        optimizer=optimizer,
+        schedule=_schedule(optimizer, cfg, world, updates_per_epoch),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=amp == "fp16"),
+        mixup=build_mixup(cfg),
+        criterion=build_criterion(cfg, world.device),
+        amp=amp,
+        clip_grad=cfg.TRAIN.CLIP_GRAD,
+    )
+    if checkpoint is not None:
+        _restore_weights(run, checkpoint)
+    _log.info(
+        "%s: %.3f M parameters, %d tensors with weight decay, %d without; %s, amp %s, %d process(es)",
+        cfg.MODEL.NAME,
+        count_parameters(network) / 1e6,
+        *decay_counts(optimizer),
+        world.device,
+        amp,
+        world.size,
+    )
+    _log.info(
+        "learning rate %.4g (warm-up from %.4g, down to %.4g) for %d images per update, %d updates per epoch",
+        rates.base,
+        rates.warmup,
+        rates.minimum,
+        images_per_update(cfg, world),
+        updates_per_epoch,
+    )
+    return run
+
+
+def _schedule(optimizer: torch.optim.Optimizer, cfg: CN, world: World, updates_per_epoch: int):
+    rates = resolve_rates(cfg.TRAIN, images_per_update(cfg, world))
+    return build_schedule(optimizer, cfg.TRAIN, rates, updates_per_epoch)
+
+
+def _restore_weights(run: Training, checkpoint: Checkpoint) -> None:
+    load_whole(run.network, checkpoint.weights(MODEL, run.network))
+    if run.ema is not None and checkpoint.has_ema:
+        load_whole(run.ema.module, checkpoint.weights(MODEL_EMA, run.ema.module))
+    elif run.ema is not None:
+        _log.warning("%s has no averaged weights; averaging starts from its plain weights", checkpoint.folder)
+        run.ema.set(run.network)
+
+
+def _restore_progress(run: Training, checkpoint: Checkpoint) -> None:
+    state = checkpoint.train_state()
+    load_state_by_name(run.network, run.optimizer, state["optimizer"])
+    if run.scaler.is_enabled() and state["scaler"]:
+        run.scaler.load_state_dict(state["scaler"])
+    run.updates = state["updates"]
+    run.schedule.set(run.updates)
+
+
+def restore(run: Training, checkpoint: Checkpoint) -> None:
+    """Bring a running training back to `checkpoint`. All ranks must call it."""
+    _restore_weights(run, checkpoint)
+    _restore_progress(run, checkpoint)
+
+
+def collect(run: Training, world: World) -> dict[str, Any]:
+    """What a checkpoint holds, as whole tensors on the CPU of rank 0. All ranks must call it."""
+
+    def weights(network: torch.nn.Module) -> Weights:
+        return {name: whole(tensor, world.is_main) for name, tensor in network.state_dict().items()}
+
+    states = state_by_name(run.network, run.optimizer)
+    return {
+        "model": weights(run.network),
+        "ema": weights(run.ema.module) if run.ema is not None else None,
+        "optimizer": {
+            name: {key: whole(value, world.is_main) for key, value in state.items() if value is not None}
+            for name, state in states.items()
+        },
+        "scaler": run.scaler.state_dict(),
+        "updates": run.updates,
+    }
+
+
+def place(checkpoint: Checkpoint | None, updates_per_epoch: int, per_update: int) -> Position:
+    """Where the run of `checkpoint` continues. Raises UserError where it stopped inside an epoch that is divided into
+    updates differently now."""
+    if checkpoint is None:
+        return Position(0)
+    position, before = checkpoint.position, checkpoint.meta["images_per_update"]
+    if before == per_update or position.update == 0:
+        return position
+    slots, rest = divmod(position.update * before, per_update)
+    if rest or slots > updates_per_epoch:
+        raise UserError(
+            f"{checkpoint.folder} lies {position.update} updates of {before} images into an epoch, which is no whole "
+            f"number of updates of {per_update}: resume with the former batch size"
+        )
+    return Position(position.epoch, slots)

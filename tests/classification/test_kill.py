@@ -1,0 +1,181 @@
+"""Processes that are killed, terminated and restarted, for real."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from classification.checkpoint import CheckpointStore, Position
+from classification.fileio import folder_lock
+from classification.main import main
+
+MAIN = Path(main.__code__.co_filename)
+KILLS = 50
+EPOCHS = 150
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """Start `main(arguments)` in a process of its own within milliseconds: everything is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["classification.main"])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # the first child waits for the imports
+    first = context.Process(target=int)
+    first.start()
+    first.join()
+    children = []
+
+    def start(*arguments: object) -> multiprocessing.Process:
+        child = context.Process(target=main, args=(list(map(str, arguments)),))
+        child.start()
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.join()
+
+
+def until(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)
+
+
+def test_killed_at_fifty_random_instants(fork, tiny_cfg, read_log, same_state, tmp_path):
+    """SIGKILL while starting, training, validating, saving: what was saved is never lost, and the end is the same."""
+    options = ["--cfg", tiny_cfg, "--resume", "auto", "--opts", "TRAIN.EPOCHS", EPOCHS, "TRAIN.SAVE_UPDATES", 2]
+    options += ["AUG.MIXUP", 0.8, "AUG.REPROB", 0.5, "MODEL.DROP_PATH_RATE", 0.2]
+    folder = tmp_path / "run"
+    store = CheckpointStore(folder / "checkpoints", 3)
+    begin = time.monotonic()
+    child = fork("--output", folder, *options)
+    until(lambda: store.positions())
+    child.kill()
+    child.join()
+    # half of the lives end before the first save of an undisturbed one
+    life = 2 * (time.monotonic() - begin)
+    chance = random.Random(0)
+    saved, moved, torn = max(store.positions()), 1, 0
+    for _ in range(KILLS - 1):
+        child = fork("--output", folder, *options)
+        time.sleep(chance.uniform(0, life))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "the run ended before it was killed often enough"
+        torn += len(list(store.folder.glob(".tmp-*"))) + len(list(store.folder.glob(".old-*")))
+        newest = max(store.positions(), default=Position(0))
+        # renamed into place means complete: the newest folder is valid, and nothing that was saved is lost
+        assert newest >= saved and (newest == Position(0) or store.newest_valid().position == newest)
+        moved += newest > saved
+        saved = newest
+    assert torn > 0 and 5 < moved < KILLS, "the instants must hit saves, starts and training"
+    last = fork("--output", folder, *options)
+    last.join()
+    resumed = [Position(e["epoch"], e["slot"]) for e in read_log(folder, "event") if e["what"] == "resumed"]
+    assert resumed[-1] == saved
+    whole = fork("--output", tmp_path / "whole", *options)
+    whole.join()
+    same_state(tmp_path / "whole/checkpoints/last", folder / "checkpoints/last")
+    one, other = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "whole", folder))
+    assert one["results"] == other["results"] and one["results"]["last"]["epoch"] == EPOCHS
+    curves = [[e["loss"] for e in read_log(path, "train")] for path in (tmp_path / "whole", folder)]
+    assert len(curves[0]) == 5 * EPOCHS and curves[0] == curves[1]
+    assert not list(store.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_and_ends(fork, tiny_cfg, same_state, read_log, tmp_path, capfd, number):
+    options = ["--cfg", tiny_cfg, "--opts", "TRAIN.EPOCHS", 8, "TRAIN.SAVE_UPDATES", 0]
+    fork("--output", tmp_path / "whole", *options).join()
+    run = tmp_path / "run"
+    child = fork("--output", run, *options)
+    until(lambda: (run / "log.jsonl").exists() and len(read_log(run, "train")) > 7)
+    os.kill(child.pid, number)
+    child.join(60)
+    assert child.exitcode == 0
+    [event] = read_log(run, "event")
+    assert (event["what"], event["signal"]) == ("preempted", number.name)
+    position = Position(event["epoch"], event["slot"])
+    # the very update that was under way is in it, and no epoch's end was waited for
+    assert max(CheckpointStore(run / "checkpoints", 3).positions()) == position
+    assert read_log(run, "train")[-1]["update"] == position.epoch * 5 + position.update
+    fork("--output", run, "--resume", "auto", *options).join()
+    same_state(tmp_path / "whole/checkpoints/last", run / "checkpoints/last")
+
+
+def test_preemption_of_one_rank_stops_both(tiny_cfg, tmp_path):
+    """SIGTERM to one worker under torchrun: both save together and end with 0, and so does the launcher."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(MAIN)]
+    command += ["--cfg", str(tiny_cfg), "--batch-size", "2", "--output", str(run)]
+    command += ["--opts", "TRAIN.EPOCHS", "4000", "TRAIN.SAVE_UPDATES", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: (run / "checkpoints/epoch_0001").exists())
+    workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGTERM)
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, err[-3000:]
+    assert "stopped by" in out and "continue with --resume auto" in out
+
+
+KILLED_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from classification import trainer
+from classification.main import main
+
+original = trainer.take_update
+
+def update(run, *args, **kwargs):
+    mark = Path(sys.argv[1])
+    if os.environ["RANK"] == "1" and run.updates == 7 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(run, *args, **kwargs)
+
+trainer.take_update = update
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_torchrun_restarts_a_killed_worker(torchrun, tiny_cfg, same_state, read_log, tmp_path):
+    """--max-restarts recovers by itself, and the end is that of a run that was never killed."""
+    script = tmp_path / "killed_once.py"
+    script.write_text(KILLED_ONCE)
+    common = ["--cfg", tiny_cfg, "--batch-size", 2, "--resume", "auto"]
+    opts = ["--opts", "TRAIN.EPOCHS", 3, "TRAIN.SAVE_UPDATES", 2]
+    (tmp_path / "never").touch()
+    done = torchrun(2, tmp_path / "never", *common, "--output", tmp_path / "whole", *opts, script=script)
+    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [tmp_path / "once", *common, "--output", tmp_path / "run", *opts]
+    done = torchrun(2, *arguments, script=script, options=("--max-restarts=2",))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "once").exists()
+    [event] = read_log(tmp_path / "run", "event")
+    assert (event["what"], event["epoch"], event["slot"]) == ("resumed", 1, 2)
+    same_state(tmp_path / "whole/checkpoints/last", tmp_path / "run/checkpoints/last")
+
+
+def test_a_folder_in_use_is_refused(fork, fails, tiny_cfg, read_log, tmp_path):
+    run = tmp_path / "run"
+    child = fork("--cfg", tiny_cfg, "--output", run, "--opts", "TRAIN.EPOCHS", 4000)
+    until(lambda: (run / "checkpoints/last").exists())
+    fails("--output", run, "--resume", "auto", parts=(f"{run} is in use by process {child.pid} on", "--tag"))
+    child.kill()
+    child.join()
+    # the lock dies with its owner
+    with folder_lock(run):
+        pass
