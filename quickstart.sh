@@ -18,9 +18,8 @@ fi
 .venv/bin/python -m classification.data.digits --out runs/data/digits
 .venv/bin/python classification/main.py \
     --cfg configs/classification/vmamba/vmamba_nano_digits.yaml --data-path runs/data/digits --output "$run"
-.venv/bin/python analyze/loss.py --run "$run"
 .venv/bin/python analyze/predictions.py --run "$run" --data-path runs/data/digits
-echo "checkpoints, metrics.json, curves.png and predictions.png are in $PWD/$run"
+echo "report.md, curves.png, predictions.png, metrics.json and checkpoints are in $PWD/$run"
 .venv/bin/python - "$run/metrics.json" <<'EOF'
 import json, sys
 metrics = json.load(open(sys.argv[1]))

@@ -4,6 +4,7 @@ Legend: B images per process and micro-step, S image size, K classes. An update 
 every process.
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from classification.distributed import World
+from classification.ema import Average
 from classification.losses import Criterion
 from classification.lr_scheduler import Schedule
 from classification.precision import autocast
@@ -27,7 +28,7 @@ class Training:
 
     network: nn.Module
     parallel: nn.Module  # `network`, or its DDP wrapper, compiled or not
-    ema: ModelEmaV3 | None
+    ema: Average | None
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
@@ -41,6 +42,11 @@ class Training:
     seconds: float = 0.0  # training, validation and saving, of earlier processes of this run
     started: float = field(default_factory=time.perf_counter)  # of this process
     steps_here: int = 0  # micro-steps of this process
+
+    @functools.cached_property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that updates change."""
+        return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
     def elapsed(self) -> float:
         """Seconds of training, validation and saving, interruptions not counted."""
@@ -83,9 +89,10 @@ def take_update(run: Training, world: World, *, finite: bool, stop: bool) -> Upd
     neither the weights, nor the averages, nor the learning rate move.
     """
     run.scaler.unscale_(run.optimizer)
-    parameters = [parameter for parameter in run.network.parameters() if parameter.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, run.clip_grad or math.inf)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    total = nn.utils.get_total_norm([p.grad for p in run.trained if p.grad is not None])
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    if run.clip_grad and norm > run.clip_grad:
+        nn.utils.clip_grads_with_norm_(run.trained, run.clip_grad, total)
     bad, stops = world.sum([not finite, stop])
     made = not bad and math.isfinite(norm)
     overflow = not bad and not made and run.scaler.is_enabled() and run.scaler.get_scale() > 1
@@ -97,5 +104,5 @@ def take_update(run: Training, world: World, *, finite: bool, stop: bool) -> Upd
         run.updates += 1
         run.schedule.set(run.updates)
         if run.ema is not None:
-            run.ema.update(run.network)
+            run.ema.update()
     return Update(made, overflow, bool(stops), norm)

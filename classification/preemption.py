@@ -8,6 +8,13 @@ from types import FrameType
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def leave_signals_to_trainer(worker: int) -> None:
+    """For loader workers (`worker_init_fn`): a batch system signals all processes, and the trainer still needs them to
+    finish its step. They end when it closes them, or within seconds of its death."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Preempted(Exception):
     """The run has saved and ends, to be continued by --resume auto. Raised on all ranks alike."""
 

@@ -5,8 +5,6 @@ depends on which worker or process did what before, so the number of workers is 
 """
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -21,28 +19,21 @@ def _words(*key: int) -> tuple[int, int, int]:
     return int(state[0]), int(state[1]) & 0xFFFFFFFF, int(state[2])
 
 
-@contextmanager
-def sample_rng(seed: int, epoch: int, index: int, repeat: int) -> Iterator[None]:
-    """Inside, python, numpy and torch (CPU) draw from the stream of one sample; afterwards all is as before."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    for_python, for_numpy, for_torch = _words(seed, _SAMPLE, epoch, index, repeat)
-    random.seed(for_python)
-    np.random.seed(for_numpy)
-    # torch.manual_seed would also queue a seeding of CUDA, with a stack trace, for every sample of every worker
-    torch.default_generator.manual_seed(for_torch)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
 def _seed_all(*key: int) -> None:
     for_python, for_numpy, for_torch = _words(*key)
     random.seed(for_python)
     np.random.seed(for_numpy)
-    torch.manual_seed(for_torch)
+    # where CUDA has not begun (in loader workers, on CPUs), torch.manual_seed would queue a seeding of it, with a stack
+    # trace, every time
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(for_torch)
+    torch.default_generator.manual_seed(for_torch)
+
+
+def seed_sample(seed: int, epoch: int, index: int, repeat: int) -> None:
+    """Seed everything for the augmentation of one sample. What the generators were before is not restored: it would
+    cost four times as much, and every use of them begins with its own seed."""
+    _seed_all(seed, _SAMPLE, epoch, index, repeat)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from yacs.config import CfgNode as CN
 
 from classification.checkpoint import MODEL, MODEL_EMA, Checkpoint, Position, Weights
 from classification.data.transforms import build_mixup
 from classification.distributed import World
+from classification.ema import Average
 from classification.engine import Training
 from classification.errors import UserError
 from classification.losses import build_criterion
 from classification.lr_scheduler import build_schedule, resolve_rates
 from classification.model import build_model, count_parameters, freeze, load_pretrained
 from classification.optimizer import build_optimizer, decay_counts, load_state_by_name, state_by_name
-from classification.parallel import load_whole, shard, whole, wrap
+from classification.parallel import like, load_whole, shard, whole, wrap
 from classification.precision import resolve_amp
 from classification.seeding import seed_init
 
@@ -74,8 +74,6 @@ def prepare(
         shard(run.network)
         if run.ema is not None:
             shard(run.ema.module)
-            # one call for all tensors does not take both distributed parameters and plain buffers
-            run.ema.foreach = False
         # its parameters are other tensors now
         run.optimizer = build_optimizer(run.network, cfg.TRAIN, run.optimizer.defaults["lr"])
         run.schedule = _schedule(run.optimizer, cfg, world, updates_per_epoch)
@@ -101,7 +99,7 @@ def _build(
     freeze(network, cfg)
     memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format
     network.to(world.device, memory_format=memory_format)
-    ema = ModelEmaV3(network, decay=cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
+    ema = Average(network, cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY else None
     rates = resolve_rates(cfg.TRAIN, images_per_update(cfg, world))
     optimizer = build_optimizer(network, cfg.TRAIN, rates.base)
     amp = resolve_amp(cfg.AMP, world.device)
@@ -150,12 +148,17 @@ def _restore_weights(run: Training, checkpoint: Checkpoint) -> None:
         load_whole(run.ema.module, checkpoint.weights(MODEL_EMA, run.ema.module))
     elif run.ema is not None:
         _log.warning("%s has no averaged weights; averaging starts from its plain weights", checkpoint.folder)
-        run.ema.set(run.network)
+        run.ema.reset()
 
 
 def _restore_progress(run: Training, checkpoint: Checkpoint) -> None:
     state = checkpoint.train_state()
-    load_state_by_name(run.network, run.optimizer, state["optimizer"])
+    own = dict(run.network.named_parameters())
+    states = {
+        name: {key: like(value, own[name]) if value.shape == own[name].shape else value for key, value in saved.items()}
+        for name, saved in state["optimizer"].items()
+    }
+    load_state_by_name(run.network, run.optimizer, states)
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
     run.updates = state["updates"]

@@ -140,7 +140,7 @@ class Trainer:
         """From the position to the end of the last epoch; then metrics.json."""
         try:
             while self.position.epoch < self.cfg.TRAIN.EPOCHS:
-                self._train_epoch()
+                self.train_epoch()
                 self._finish_epoch()
         except Interrupted:
             self._save()
@@ -175,7 +175,7 @@ class Trainer:
         write_metrics(self.folder, metrics)
         return write_report(self.folder)
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
         """The updates from the position to the end of its epoch. Raises Preempted, and UserError for too many bad
         images and for a run that diverges."""
         cfg, run = self.cfg, self.run

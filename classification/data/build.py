@@ -12,6 +12,7 @@ from classification.data.sources import FORMATS, ImageSource, cached
 from classification.data.transforms import eval_transform, train_transform
 from classification.distributed import World
 from classification.errors import UserError
+from classification.preemption import leave_signals_to_trainer
 
 _PREFETCH = 4  # batches per worker that wait for the training: one slow archive read does not stop it
 
@@ -78,6 +79,7 @@ def _loader(cfg: CN, dataset: Dataset[Sample], sampler: TrainBatches | EvalBatch
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=leave_signals_to_trainer,
         pin_memory=world.device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=_PREFETCH if workers else None,

@@ -14,7 +14,7 @@ from classification.data.sources.decode import UNREADABLE
 from classification.data.transforms import Transform
 from classification.distributed import World
 from classification.errors import UserError
-from classification.seeding import sample_rng
+from classification.seeding import seed_sample
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class TrainImages(Dataset[Sample]):
                 image = loaded
                 break
             bad.append(loaded)
-        with sample_rng(self._seed, *key):
-            return Sample(self._transform(image), int(self._source.targets[index]), bad, key)
+        seed_sample(self._seed, *key)
+        return Sample(self._transform(image), int(self._source.targets[index]), bad, key)
 
 
 class EvalImages(Dataset[Sample]):

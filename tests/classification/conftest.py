@@ -81,8 +81,12 @@ def tiny_cfg(tmp_path_factory, image_tree) -> Path:
 
 
 @pytest.fixture
-def cli(tiny_cfg, capsys):
-    """Run `classification/main.py --cfg tiny.yaml ...` in this process: cli(*arguments) -> Outcome."""
+def cli(tiny_cfg, capsys, monkeypatch):
+    """Run `classification/main.py --cfg tiny.yaml ...` in this process: cli(*arguments) -> Outcome.
+
+    Without drawing the curves, which takes longer than such a run.
+    """
+    monkeypatch.setattr("classification.report.save_curves", lambda *_: None)
 
     def call(*arguments: object, cfg: Path = tiny_cfg) -> Outcome:
         capsys.readouterr()

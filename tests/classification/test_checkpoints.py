@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import shutil
 from pathlib import Path
@@ -128,6 +129,29 @@ def test_damage_is_noticed(full_run, tmp_path, file):
     (copy / file).unlink()
     with pytest.raises(UserError, match="epoch_0004 is no complete checkpoint"):
         read_checkpoint(copy)
+
+
+def test_no_corruption_at_random_offsets_is_taken_as_valid(full_run, tmp_path):
+    """200 of them: single bits, cut ends, added bytes, swapped files."""
+    copy = tmp_path / "epoch_0004"
+    shutil.copytree(full_run / "checkpoints/epoch_0004", copy)
+    files = sorted(copy.iterdir())
+    chance = random.Random(0)
+    for number in range(200):
+        path = files[number % len(files)]
+        data = path.read_bytes()
+        at = chance.randrange(len(data))
+        kinds = (
+            data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :],
+            data[:at],
+            data + b"\n",
+            chance.choice([other for other in files if other != path]).read_bytes(),
+        )
+        path.write_bytes(kinds[number // len(files) % len(kinds)])
+        with pytest.raises(UserError, match="epoch_0004 is (damaged|no complete checkpoint)"):
+            read_checkpoint(copy)
+        path.write_bytes(data)
+    assert read_checkpoint(copy).meta["epoch"] == 4
 
 
 def test_auto_resume_skips_damaged_and_incomplete_ones(cli, full_run, same_state, tmp_path):

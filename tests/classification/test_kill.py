@@ -17,6 +17,7 @@ from classification.fileio import folder_lock
 from classification.main import main
 
 MAIN = Path(main.__code__.co_filename)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 KILLS = 50
 EPOCHS = 150
 
@@ -114,13 +115,28 @@ def test_preemption_saves_and_ends(fork, tiny_cfg, same_state, read_log, tmp_pat
     same_state(tmp_path / "whole/checkpoints/last", run / "checkpoints/last")
 
 
+def test_preemption_of_a_whole_job(tiny_cfg, tmp_path):
+    """A batch system signals all processes of a job, loader workers too: the step is finished all the same."""
+    command = [sys.executable, str(MAIN), "--cfg", str(tiny_cfg), "--output", str(tmp_path / "run")]
+    command += ["--opts", "TRAIN.EPOCHS", "4000", "TRAIN.SAVE_UPDATES", "0", "DATA.NUM_WORKERS", "2"]
+    job = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    until(lambda: (tmp_path / "run/checkpoints/epoch_0001").exists())
+    os.killpg(job.pid, signal.SIGTERM)
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (0, "")
+    assert out.splitlines()[-1].startswith("stopped by SIGTERM after epoch")
+    assert CheckpointStore(tmp_path / "run/checkpoints", 3).newest_valid().position > Position(1)
+
+
 def test_preemption_of_one_rank_stops_both(tiny_cfg, tmp_path):
     """SIGTERM to one worker under torchrun: both save together and end with 0, and so does the launcher."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(MAIN)]
     command += ["--cfg", str(tiny_cfg), "--batch-size", "2", "--output", str(run)]
     command += ["--opts", "TRAIN.EPOCHS", "4000", "TRAIN.SAVE_UPDATES", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
     launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: (run / "checkpoints/epoch_0001").exists())
     workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()

@@ -125,3 +125,28 @@ def test_another_batch_size(cli, fails, tmp_path):
     )
     parts = ("3 updates of 4 images into an epoch", "no whole number of updates of 8", "former batch size")
     fails("--output", tmp_path / "c", "--resume", "auto", "--batch-size", 8, *options, parts=parts)
+
+
+def test_sharded_parameters(cli, torchrun, tiny_cfg, read_log, same_state, tmp_path):
+    """FSDP2 makes the updates of one process; its checkpoints are whole, continue bit for bit, and serve anybody."""
+    options = ["TRAIN.KEEP_CHECKPOINTS", "99", "TRAIN.SAVE_UPDATES", "2"]
+    common = ["--cfg", tiny_cfg, "--batch-size", 2, "--resume", "auto", "--output"]
+    sharded = ["--opts", *options, "PARALLEL", "fsdp"]
+    done = torchrun(2, *common, tmp_path / "shares", *sharded)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli("--output", tmp_path / "alone", "--batch-size", 4, "--opts", *options).status == 0
+    curves = [read_log(tmp_path / name, "train") for name in ("shares", "alone")]
+    for one, other in zip(*curves, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    start = "epoch_0001_update_000002"
+    shutil.copytree(tmp_path / "shares/checkpoints" / start, tmp_path / "again/checkpoints" / start)
+    done = torchrun(2, *common, tmp_path / "again", *sharded)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same_state(tmp_path / "shares/checkpoints/epoch_0002", tmp_path / "again/checkpoints/epoch_0002")
+    # one process continues what shares wrote
+    shutil.copytree(tmp_path / "shares/checkpoints" / start, tmp_path / "one/checkpoints" / start)
+    resumed = cli("--output", tmp_path / "one", "--batch-size", 2, "--resume", "auto", "--opts", *options)
+    assert resumed.status == 0
+    for one, other in zip(read_log(tmp_path / "one", "train"), curves[0][7:], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)

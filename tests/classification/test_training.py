@@ -329,3 +329,18 @@ def test_any_registry_model_trains(cli, tiny_cfg, tmp_path):
     assert cli("--output", tmp_path / "b", "--resume", first, cfg=other).status == 0
     for name, value in load_file(tmp_path / "b/checkpoints/last/model_ema.safetensors").items():
         assert torch.equal(value, averaged[name]), name
+
+
+def test_compiled_and_channels_last(cli, read_log, tmp_path, monkeypatch):
+    """The same losses, and checkpoints without a trace of the wrappers. Graphs are captured but not lowered: compiling
+    them takes half a minute and is timed elsewhere."""
+    captured = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: captured(network, backend="aot_eager"))
+    options = {"plain": [], "compiled": ["--compile"], "channels_last": ["--channels-last"]}
+    for name, flags in options.items():
+        assert cli("--output", tmp_path / name, *flags).status == 0
+    losses = {name: [entry["loss"] for entry in read_log(tmp_path / name, "train")] for name in options}
+    states = {name: load_file(tmp_path / name / "checkpoints/last/model.safetensors") for name in options}
+    for name in ("compiled", "channels_last"):
+        assert losses[name] == pytest.approx(losses["plain"], rel=1e-5)
+        assert states[name].keys() == states["plain"].keys()
