@@ -23,7 +23,7 @@ from yacs.config import CfgNode as CN
 
 from classification.checkpoint import MODEL, MODEL_EMA, Checkpoint, CheckpointStore, Position, read_checkpoint
 from classification.config import FLAG_KEYS, load_config, model_differences, parse_config
-from classification.data.build import eval_loader, scan_split
+from classification.data.build import close_workers, eval_loader, scan_split
 from classification.data.dataset import BadImages
 from classification.data.sources import FORMATS
 from classification.distributed import World, is_local_main, joined_world
@@ -223,6 +223,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         world.on_main(lambda: open_folder(folder, log, stack))
         loader = eval_loader(cfg, source, world)
+        stack.callback(close_workers, loader)
         bad = BadImages(world, len(source), None)
         validated = validate(models, loader, amp, world, bad, StopRequest(), memory_format=memory_format)
         records = {weights: asdict(accuracy) for weights, accuracy in validated.items()}

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_WORKERS_GRACE = 60  # seconds
 
 
 def leave_signals_to_trainer(worker: int) -> None:
     """For loader workers (`worker_init_fn`): a batch system signals all processes, and the trainer still needs them to
-    finish its step. They end when it closes them, or within seconds of its death."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    finish its step. SIGTERM, which also ends workers that were left behind, takes effect a minute later."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKERS_GRACE))
 
 
 class Preempted(Exception):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode as CN
 
 from classification.checkpoint import Checkpoint, CheckpointStore, Position
-from classification.data.build import check_same_classes, eval_loader, scan_split, train_loader
+from classification.data.build import check_same_classes, close_workers, eval_loader, scan_split, train_loader
 from classification.data.dataset import BadImages, Batch
 from classification.data.prefetch import device_batches
 from classification.data.sources.base import ImageSource
@@ -58,9 +58,11 @@ def train(
     loader = world.together(lambda: train_loader(cfg, source, world))
     updates_per_epoch = loader.batch_sampler.updates_per_epoch
     run = prepare(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head)
+    val_loader = eval_loader(cfg, val_source, world)
     stop = StopRequest()
     with stop.listening(), contextlib.ExitStack() as stack:
-        trainer = Trainer(cfg, world, log, folder, run, source, loader, eval_loader(cfg, val_source, world), stop)
+        stack.callback(close_workers, loader, val_loader)
+        trainer = Trainer(cfg, world, log, folder, run, source, loader, val_loader, stop)
         trainer.open(checkpoint, stack)
         stack.enter_context(trainer.progress)
         trainer.train()

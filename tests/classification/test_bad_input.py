@@ -100,6 +100,10 @@ def test_unreadable_images(cli, fails, own_tree, read_log, tmp_path):
     assert outcome.out.count(f"unreadable image, left out of the metrics: {own_tree / 'val/eel/0.png'}") == 1
     assert [(entry["images"], entry["excluded"]) for entry in read_log(tmp_path / "run", "val")] == [(14, 1)] * 2
     assert all(math.isfinite(entry["loss"]) for entry in read_log(tmp_path / "run", "train"))
+    quarantined = json.loads((tmp_path / "run/bad_images.json").read_text())
+    assert list(quarantined) == [str(own_tree / "train/cat/2.png"), str(own_tree / "train/dog/6.png")]
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["bad_images"] == 2
+    assert "2 unreadable training images were replaced" in outcome.out
     # evaluation alone reports it, too
     assert cli(*data, tmp_path / "eval", "--eval", "--resume", tmp_path / "run/checkpoints/last").status == 0
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())

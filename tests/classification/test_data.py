@@ -1,6 +1,7 @@
 """Order and augmentation as functions of (seed, epoch, index), image folders, and the digits."""
 
 import math
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from classification.config import load_config
-from classification.data.build import eval_loader, scan_split, train_loader
+from classification.data.build import close_workers, eval_loader, scan_split, train_loader
 from classification.data.dataset import BadImage, BadImages, TrainImages, allowed_bad
 from classification.data.digits import main as digits_main
 from classification.data.digits import split_digits
@@ -323,3 +324,15 @@ def test_digits_split():
         "val",
         "train",
     ]
+
+
+def test_workers_end_when_told(tiny_cfg):
+    """Also where somebody still holds the loader: the end of the process would wait for them."""
+    cfg = load_config(str(tiny_cfg), ["DATA.NUM_WORKERS", "1"])
+    loader = train_loader(cfg, scan_split(cfg, "train"), CPU)
+    alone = train_loader(load_config(str(tiny_cfg)), scan_split(cfg, "train"), CPU)
+    before = set(multiprocessing.active_children())
+    next(iter(loader)), next(iter(alone))
+    [worker] = set(multiprocessing.active_children()) - before
+    close_workers(loader, alone)
+    assert not worker.is_alive() and worker.exitcode == 0
