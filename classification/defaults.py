@@ -203,4 +203,6 @@ def check_config(cfg: CN) -> None:
     need("TRAIN.MESA", not train.MESA or train.EMA_DECAY > 0, "0 without TRAIN.EMA_DECAY: its teacher is the average")
     smooth = train.LOSS == "bce" and cfg.MODEL.LABEL_SMOOTHING > 0
     need("MODEL.LABEL_SMOOTHING", not smooth, "0 with TRAIN.LOSS bce: smoothing would turn every class on")
+    shares = cfg.PARALLEL == "fsdp" and cfg.CHANNELS_LAST
+    need("PARALLEL", not shares, "'ddp' with CHANNELS_LAST: FSDP cannot split such weights")
     need("TRAIN.COSUB", not train.COSUB or train.LOSS == "bce", "False unless TRAIN.LOSS is bce")

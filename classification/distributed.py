@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 import torch.distributed as dist
 
 from classification.errors import UserError
+from classification.fileio import disk_full_message, is_disk_full
 from classification.preemption import Preempted
+
+_SETTLING_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,17 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def broadcast(self, tensors: list[torch.Tensor]) -> None:
+        """Give the `tensors` of rank 0, of any dtypes, to all ranks, in place."""
+        if self.size == 1:
+            return
+        for dtype in {tensor.dtype: None for tensor in tensors}:
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.detach().flatten() for tensor in same])
+            dist.broadcast(flat, 0)
+            for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, in rank order, on every rank. For small picklable objects of our own."""
@@ -65,6 +80,10 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
         return action(), None
     except UserError as error:
         return None, str(error)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return None, disk_full_message(error)
 
 
 def is_local_main() -> bool:
@@ -119,6 +138,9 @@ def _leave(size: int) -> None:
     if size > 1:
         # together: with torch 2.6, a rank that leaves early can keep another waiting for ever
         dist.barrier()
+        # gloo's threads are releasing the tensors of the barrier, for which they need the interpreter. Ending the group
+        # or the process at that moment waits for them without letting go of it, for ever, or aborts
+        time.sleep(_SETTLING_SECONDS)
         dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -30,12 +31,20 @@ class Average:
             torch._foreach_lerp_(own, followed, weight=1 - self._decay)
         for own, followed in self._copied:
             own.copy_(followed)
+        self._forget_gathered()
 
     @torch.no_grad()
     def reset(self) -> None:
         """Become the network."""
         for own, followed in zip(self.module.state_dict().values(), self._network.state_dict().values(), strict=True):
             own.copy_(followed)
+        self._forget_gathered()
+
+    def _forget_gathered(self) -> None:
+        """The root of a sharded module keeps its gathered parameters after a forward until a backward, which never
+        comes: the next forward would not see the change."""
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()
 
     def _pair(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Look the tensors up, at the first update: sharding has replaced them by then. They change in place."""

@@ -48,6 +48,12 @@ class Training:
         """The parameters that updates change."""
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
+    @functools.cached_property
+    def statistics(self) -> list[torch.Tensor]:
+        """The buffers that checkpoints hold: running statistics of batch norms. They change in place."""
+        saved = self.network.state_dict(keep_vars=True)
+        return [tensor for tensor in saved.values() if not isinstance(tensor, nn.Parameter)]
+
     def elapsed(self) -> float:
         """Seconds of training, validation and saving, interruptions not counted."""
         return self.seconds + time.perf_counter() - self.started
@@ -81,12 +87,15 @@ class Update(NamedTuple):
     norm: float  # global gradient norm before clipping
 
 
-def take_update(run: Training, world: World, *, finite: bool, stop: bool) -> Update:
+def take_update(
+    run: Training, world: World, *, finite: bool, stop: bool, statistics: list[torch.Tensor] | None = None
+) -> Update:
     """Clip, step, average; or skip, on all ranks together.
 
     `finite`: the losses of this rank were; `stop`: this rank was asked to stop. Both are shared in one exchange. A loss
     or gradient that is not finite on any rank skips the update on all: gradients are averaged, so one spoils all. Then
-    neither the weights, nor the averages, nor the learning rate move.
+    neither the weights, nor the averages, nor the learning rate move, and running statistics go back to `statistics`,
+    a copy from before the forward passes.
     """
     run.scaler.unscale_(run.optimizer)
     total = nn.utils.get_total_norm([p.grad for p in run.trained if p.grad is not None])
@@ -95,14 +104,22 @@ def take_update(run: Training, world: World, *, finite: bool, stop: bool) -> Upd
         nn.utils.clip_grads_with_norm_(run.trained, run.clip_grad, total)
     bad, stops = world.sum([not finite, stop])
     made = not bad and math.isfinite(norm)
-    overflow = not bad and not made and run.scaler.is_enabled() and run.scaler.get_scale() > 1
     if made:
         run.scaler.step(run.optimizer)
+    scale = run.scaler.get_scale()
     run.scaler.update()
+    # at a scale of 1 there is nothing left to lower
+    overflow = not bad and not made and 1 < scale > run.scaler.get_scale()
     run.optimizer.zero_grad(set_to_none=True)
     if made:
         run.updates += 1
         run.schedule.set(run.updates)
+        # each rank has seen other images; those of rank 0 are averaged, saved and evaluated
+        world.broadcast(run.statistics)
         if run.ema is not None:
             run.ema.update()
+    elif statistics is not None:
+        with torch.no_grad():
+            for own, before in zip(run.statistics, statistics, strict=True):
+                own.copy_(before)
     return Update(made, overflow, bool(stops), norm)

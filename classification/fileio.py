@@ -19,6 +19,12 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in _NO_SPACE
 
 
+def disk_full_message(error: OSError) -> str:
+    """For the user."""
+    where = error.filename or "the logs"
+    return f"no room left to write {where} ({error.strerror}): free some space and continue with --resume auto"
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write `data` to a new file and wait until it is on the disk."""
     with open(path, "wb") as file:

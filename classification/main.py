@@ -29,7 +29,7 @@ from classification.data.sources import FORMATS
 from classification.distributed import World, is_local_main, joined_world
 from classification.errors import UserError
 from classification.evaluate import validate
-from classification.fileio import folder_lock, is_disk_full
+from classification.fileio import disk_full_message, folder_lock, is_disk_full
 from classification.logger import RunLog, peak_memory_mb
 from classification.model import build_model, load_pretrained
 from classification.parallel import load_whole
@@ -124,8 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        where = error.filename or "the logs"
-        message = f"no room left to write {where} ({error.strerror}): free some space and continue with --resume auto"
+        message = disk_full_message(error)
     else:
         return 0
     if is_local_main():
@@ -252,7 +251,7 @@ def report_throughput(cfg: CN, world: World) -> None:
     memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
     network = world.together(lambda: build_model(cfg)).to(world.device, memory_format=memory_format)
     amp = resolve_amp(cfg.AMP, world.device)
-    speed = inference_speed(torch.compile(network) if cfg.COMPILE else network, cfg, amp, world.device)
+    speed = inference_speed(torch.compile(network) if cfg.COMPILE else network, cfg, amp, world)
     _log.info("throughput of %s: %.1f images/s (%s)", cfg.MODEL.NAME, speed, _conditions(cfg, amp, world))
 
 

@@ -30,6 +30,13 @@ class Meter:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out: it is no training."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
     def add(self, loss: torch.Tensor, images: int) -> None:
         """One micro-step."""
         # stays on the device: reading it would stop the GPU at every step

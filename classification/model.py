@@ -39,6 +39,8 @@ def build_model(cfg: CN) -> nn.Module:
             name, num_classes=cfg.MODEL.NUM_CLASSES, drop_path_rate=cfg.MODEL.DROP_PATH_RATE, **cfg.MODEL.KWARGS
         )
     except (TypeError, ValueError) as error:
+        if "drop_path_rate" in str(error):
+            raise UserError(f"model {name} has no paths to drop: it cannot be trained here ({error})") from error
         if not cfg.MODEL.KWARGS:
             raise
         raise UserError(f"model {name} cannot be built with MODEL.KWARGS {dict(cfg.MODEL.KWARGS)}: {error}") from error

@@ -149,8 +149,13 @@ def write_report(folder: Path) -> Path:
     FileNotFoundError without the first two, ValueError while the log has no entries.
     """
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    save_curves([read_curves(folder)], folder / "curves.png")
     entries = read_entries(folder / "log.jsonl")
+    if not entries:
+        raise ValueError(f"{folder / 'log.jsonl'} holds no entries yet")
+    # a run that was finished before it was continued here has events alone
+    measured = any(entry["kind"] != "event" for entry in entries)
+    if measured:
+        save_curves([read_curves(folder)], folder / "curves.png")
     validated = {entry["epoch"]: entry for entry in entries if entry["kind"] == "val"}
     metrics = _read_json(folder / "metrics.json")
     if metrics.get("mode") != "train" or metrics["results"]["last"]["epoch"] < max(validated, default=0):

@@ -49,8 +49,10 @@ class Results:
         return {name: int(self.records[name]["epoch"]) for name in _BEST.values() if name in self.records}
 
     def latest(self) -> dict[str, Record]:
-        """The last record of each kind of weights."""
-        return {weights: self.records[name] for weights, name in _LAST.items() if name in self.records}
+        """The records of the last epoch, of each kind of weights that it had."""
+        records = {weights: self.records[name] for weights, name in _LAST.items() if name in self.records}
+        newest = max((record["epoch"] for record in records.values()), default=0)
+        return {weights: record for weights, record in records.items() if record["epoch"] == newest}
 
     def bests(self) -> dict[str, Record]:
         """The best record of each kind of weights."""

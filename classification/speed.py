@@ -11,24 +11,25 @@ from yacs.config import CfgNode as CN
 
 from classification.distributed import World
 from classification.engine import Training, take_update, training_loss
+from classification.model import set_train_mode
 from classification.precision import autocast
 
 
-def inference_speed(model: nn.Module, cfg: CN, amp: str, device: torch.device) -> float:
+def inference_speed(model: nn.Module, cfg: CN, amp: str, world: World) -> float:
     """Images/s of forward passes."""
     model.eval()
-    images = _images(cfg, device)
+    images = _images(cfg, world.device)
 
     def step() -> None:
-        with torch.inference_mode(), autocast(amp, device):
+        with torch.inference_mode(), autocast(amp, world.device):
             model(images)
 
-    return len(images) / _median_seconds(step, device)
+    return len(images) / _median_seconds(step, world)
 
 
 def training_speed(run: Training, cfg: CN, world: World) -> float:
     """Images/s of whole updates: mixing, forward, backward, optimizer, average."""
-    run.parallel.train()
+    set_train_mode(run.parallel)
     images = _images(cfg, world.device)
     targets = torch.arange(len(images), device=world.device) % cfg.MODEL.NUM_CLASSES
 
@@ -36,7 +37,7 @@ def training_speed(run: Training, cfg: CN, world: World) -> float:
         run.scaler.scale(training_loss(run, images, targets, mesa=cfg.TRAIN.MESA > 0)).backward()
         take_update(run, world, finite=True, stop=False)
 
-    return len(images) / _median_seconds(step, world.device)
+    return len(images) / _median_seconds(step, world)
 
 
 def _images(cfg: CN, device: torch.device) -> torch.Tensor:
@@ -44,17 +45,18 @@ def _images(cfg: CN, device: torch.device) -> torch.Tensor:
     return images.to(memory_format=torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format)
 
 
-def _median_seconds(step: Callable[[], None], device: torch.device, *, repeats: int = 5, seconds: float = 0.5) -> float:
-    """Seconds of one step: median of `repeats` timings of about `seconds` each."""
+def _median_seconds(step: Callable[[], None], world: World, *, repeats: int = 5, seconds: float = 0.5) -> float:
+    """Seconds of one step: median of `repeats` timings of about `seconds` each. All ranks make as many steps."""
 
     def timed(count: int) -> float:
         start = time.perf_counter()
         for _ in range(count):
             step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
         return time.perf_counter() - start
 
     timed(2)  # compiles kernels and fills caches
-    count = max(1, math.ceil(seconds / timed(1)))
+    [total] = world.sum([timed(1)])
+    count = max(1, math.ceil(seconds * world.size / total))
     return statistics.median(timed(count) / count for _ in range(repeats))

@@ -29,10 +29,20 @@ def images_per_update(cfg: CN, world: World) -> int:
     return cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
 
 
+def asked_batch(cfg: CN) -> list[int]:
+    """What the user says of the batch; a checkpoint keeps it beside what became of it."""
+    return [cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS]
+
+
 def same_updates(cfg: CN, checkpoint: Checkpoint | None, world: World) -> CN:
-    """The config under which another number of processes than wrote `checkpoint` makes the same updates: same global
-    batch, same schedule, same order of images. Raises UserError where the global batch cannot be divided."""
-    if checkpoint is None or checkpoint.meta["processes"] == world.size:
+    """The config under which another number of processes than began the run makes the same updates: same global batch,
+    same schedule, same order of images. Who asks for another batch on as many processes gets it.
+
+    Raises UserError where the global batch cannot be divided.
+    """
+    if checkpoint is None:
+        return cfg
+    if checkpoint.meta["processes"] == world.size and checkpoint.meta["asked_batch"] != asked_batch(cfg):
         return cfg
     wanted = checkpoint.meta["images_per_update"]
     if wanted == images_per_update(cfg, world):
@@ -44,15 +54,15 @@ def same_updates(cfg: CN, checkpoint: Checkpoint | None, world: World) -> CN:
             "share: use a number that divides it"
         )
     # the largest batch that fits where the configured one did; pairs for mixup stay pairs
-    batch = max(size for size in range(1, min(share, cfg.DATA.BATCH_SIZE) + 1) if share % size == 0)
+    step = 2 if cfg.DATA.BATCH_SIZE % 2 == 0 and share % 2 == 0 else 1
+    batch = max(size for size in range(step, min(share, cfg.DATA.BATCH_SIZE) + 1, step) if share % size == 0)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS = batch, share // batch
     cfg.freeze()
     _log.info(
-        "%d process(es) instead of %d: batch %d x %d accumulation step(s) keep %d images per update",
+        "%d process(es): batch %d x %d accumulation step(s) keep the run's %d images per update",
         world.size,
-        checkpoint.meta["processes"],
         batch,
         share // batch,
         wanted,
@@ -71,14 +81,14 @@ def prepare(
     """Model, average, loss, optimizer and schedule. Raises UserError for weights of another model."""
     run = world.together(lambda: _build(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head))
     if world.size > 1 and cfg.PARALLEL == "fsdp":
-        shard(run.network)
+        shard(run.network, world)
         if run.ema is not None:
-            shard(run.ema.module)
+            shard(run.ema.module, world)
         # its parameters are other tensors now
         run.optimizer = build_optimizer(run.network, cfg.TRAIN, run.optimizer.defaults["lr"])
         run.schedule = _schedule(run.optimizer, cfg, world, updates_per_epoch)
     if checkpoint is not None:
-        world.together(lambda: _restore_progress(run, checkpoint))
+        world.together(lambda: _restore_progress(run, checkpoint, images_per_update(cfg, world)))
     # with the weights in place, and with all ranks alive: DDP sends those of rank 0 to all
     run.parallel = wrap(run.network, cfg, world)
     return run
@@ -151,7 +161,7 @@ def _restore_weights(run: Training, checkpoint: Checkpoint) -> None:
         run.ema.reset()
 
 
-def _restore_progress(run: Training, checkpoint: Checkpoint) -> None:
+def _restore_progress(run: Training, checkpoint: Checkpoint, per_update: int) -> None:
     state = checkpoint.train_state()
     own = dict(run.network.named_parameters())
     states = {
@@ -161,14 +171,15 @@ def _restore_progress(run: Training, checkpoint: Checkpoint) -> None:
     load_state_by_name(run.network, run.optimizer, states)
     if run.scaler.is_enabled() and state["scaler"]:
         run.scaler.load_state_dict(state["scaler"])
-    run.updates = state["updates"]
+    # with another number of images per update, the schedule continues by epochs
+    run.updates = round(state["updates"] * checkpoint.meta["images_per_update"] / per_update)
     run.schedule.set(run.updates)
 
 
-def restore(run: Training, checkpoint: Checkpoint) -> None:
+def restore(run: Training, checkpoint: Checkpoint, per_update: int) -> None:
     """Bring a running training back to `checkpoint`. All ranks must call it."""
     _restore_weights(run, checkpoint)
-    _restore_progress(run, checkpoint)
+    _restore_progress(run, checkpoint, per_update)
 
 
 def collect(run: Training, world: World) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode as CN
 
@@ -32,7 +31,7 @@ from classification.progress import Progress
 from classification.report import write_report
 from classification.results import Results, better_weights, description, summary, training_metrics, write_metrics
 from classification.seeding import seed_step
-from classification.start import collect, images_per_update, place, prepare, restore, same_updates
+from classification.start import asked_batch, collect, images_per_update, place, prepare, restore, same_updates
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +51,7 @@ def train(
     from scratch. The run folder is created when data, model and weights have been found to be good. Raises Preempted
     when it saved and stopped because a signal asked for it.
     """
+    asked = asked_batch(cfg)
     cfg = world.together(lambda: same_updates(cfg, checkpoint, world))
     source, val_source = world.together(lambda: (scan_split(cfg, "train"), scan_split(cfg, "val")))
     world.together(lambda: check_same_classes(source, val_source))
@@ -63,6 +63,7 @@ def train(
     with stop.listening(), contextlib.ExitStack() as stack:
         stack.callback(close_workers, loader, val_loader)
         trainer = Trainer(cfg, world, log, folder, run, source, loader, val_loader, stop)
+        trainer.asked_batch = asked
         trainer.open(checkpoint, stack)
         stack.enter_context(trainer.progress)
         trainer.train()
@@ -96,6 +97,7 @@ class Trainer:
         self.recorded = 0  # updates up to which the logs of an earlier process are continued
         self.mesa_from = mesa_starts(cfg) if cfg.TRAIN.MESA else cfg.TRAIN.EPOCHS
         self.position = Position(0)
+        self.asked_batch = asked_batch(cfg)
 
     def open(self, checkpoint: Checkpoint | None, stack: contextlib.ExitStack) -> None:
         """Lock the run folder, start its logs, make its checkpoints agree with the results, take up the position."""
@@ -108,12 +110,8 @@ class Trainer:
             self.guard.load(checkpoint.meta["guard"])
             self.results = Results(checkpoint.meta["results"])
             self.bad.load(checkpoint.meta["bad_images"])
-            self.recorded = self.run.updates
+            self.recorded = checkpoint.meta["updates"]
             if checkpoint.meta["images_per_update"] != per_update:
-                # the schedule continues by epochs
-                ratio = checkpoint.meta["images_per_update"] / per_update
-                self.run.updates = round(self.run.updates * ratio)
-                self.run.schedule.set(self.run.updates)
                 _log.warning("images per update were %d, now %d", checkpoint.meta["images_per_update"], per_update)
         self.world.on_main(lambda: self._open_folder(checkpoint, stack))
         if checkpoint is not None:
@@ -191,6 +189,7 @@ class Trainer:
         for slot in range(first, self.updates_per_epoch):
             rate = max(group["lr"] for group in run.optimizer.param_groups)
             steps, losses = [], []
+            statistics = [buffer.clone() for buffer in run.statistics]
             for part in range(accumulation):
                 with meter.waiting():
                     batch = next(batches)
@@ -200,7 +199,7 @@ class Trainer:
                 steps.append(batch)
                 losses.append(loss)
             finite = bool(torch.stack(losses).isfinite().all())
-            update = take_update(run, self.world, finite=finite, stop=bool(self.stop))
+            update = take_update(run, self.world, finite=finite, stop=bool(self.stop), statistics=statistics)
             self.position = Position(epoch, slot + 1)
             run.steps_here += accumulation
             if update.made:
@@ -215,7 +214,8 @@ class Trainer:
                 self._save()
                 self._preempted()
             if self._save_is_due(slot + 1):
-                self._save()
+                with meter.paused():
+                    self._save()
 
     def _save_is_due(self, slots: int) -> bool:
         """Whether to save inside the epoch, `slots` updates into it; not while updates are being skipped."""
@@ -271,7 +271,7 @@ class Trainer:
                 f"{self.guard.max_in_a_row + 1} updates in a row were not finite before the first checkpoint was "
                 "written: lower TRAIN.BASE_LR or use --amp off"
             )
-        restore(self.run, checkpoint)
+        restore(self.run, checkpoint, images_per_update(self.cfg, self.world))
         self._event("rolled_back", epoch=self.position.epoch, slot=self.position.update, to=checkpoint.position.name)
         _log.warning("rolled back to %s; the data go on from %s", checkpoint.folder, self.position)
 
@@ -296,10 +296,6 @@ class Trainer:
         run, world = self.run, self.world
         epoch = self.position.epoch + 1
         models = {"model": run.network} | ({"model_ema": run.ema.module} if run.ema else {})
-        if world.size > 1:
-            for model in models.values():
-                # running statistics are each rank's own; those of rank 0 are saved, so they are evaluated
-                distribute_bn(model, world.size)
         validated = validate(
             models, self.val_loader, run.amp, world, self.bad_val, self.stop, memory_format=self.memory_format
         )
@@ -320,7 +316,7 @@ class Trainer:
     def _save(self) -> None:
         """A checkpoint of the position. All ranks must call it."""
         # gradients were finite, but an update can still overflow
-        finite = all(parameter.isfinite().all() for parameter in self.run.network.parameters())
+        finite = all(tensor.isfinite().all() for tensor in self.run.network.state_dict().values())
         if self.world.sum([not finite])[0]:
             raise UserError(
                 f"weights became infinite or nan before {self.position}; the last checkpoint is intact: lower "
@@ -347,7 +343,9 @@ class Trainer:
                 },
                 "guard": self.guard.state(),
                 "bad_images": self.bad.state(),
+                "updates": self.run.updates,
                 "processes": self.world.size,
+                "asked_batch": self.asked_batch,
                 "images_per_update": images_per_update(self.cfg, self.world),
                 "config": self.cfg.dump(),
                 "versions": versions(),

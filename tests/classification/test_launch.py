@@ -71,6 +71,13 @@ def test_two_processes_train_like_one(cli, read_log, tiny_cfg, tmp_path, port):
         assert two[weights]["loss"] == pytest.approx(one[weights]["loss"], rel=1e-6)
 
 
+def test_training_cost_of_two_processes(torchrun, tiny_cfg, tmp_path):
+    """Its steps hold exchanges, so both make as many of them."""
+    done = torchrun(2, "--cfg", tiny_cfg, "--batch-size", 2, "--traincost", "--output", tmp_path / "none")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("training of vmamba_nano: ") == 1 and not (tmp_path / "none").exists()
+
+
 def test_an_error_of_one_rank_ends_all_with_one_line(tiny_cfg, own_tree, tmp_path, port):
     """Too many unreadable images, found by the ranks that happen to read them."""
     for number in (1, 3, 5):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from classification import trainer
@@ -82,6 +83,26 @@ class Spike(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * math.inf
+
+
+def test_running_statistics_do_not_move(cli, tiny_cfg, read_log, state_of, tmp_path, monkeypatch):
+    """Batch norm has seen the bad images by the time the loss is known."""
+    original, seen = trainer.training_loss, []
+
+    def loss(run, images, targets, **kwargs):
+        seen.append(1)
+        return original(run, images * (math.inf if len(seen) == 4 else 1), targets, **kwargs)
+
+    monkeypatch.setattr(trainer, "training_loss", loss)
+    config = yaml.safe_load(tiny_cfg.read_text())
+    config["MODEL"] = {"NAME": "test_resnet", "NUM_CLASSES": 3}
+    file = tmp_path / "resnet.yaml"
+    file.write_text(yaml.safe_dump(config))
+    assert cli("--output", tmp_path / "run", *OPTIONS, cfg=file).status == 0
+    assert [event["what"] for event in read_log(tmp_path / "run", "event")] == ["skipped"]
+    end = state_of(tmp_path / "run/checkpoints/last")
+    assert all(value.isfinite().all() for value in end.values())
+    assert end["model/bn1.num_batches_tracked"] == end["model_ema/bn1.num_batches_tracked"] == 9
 
 
 def test_roll_back_and_go_on(cli, spoil, read_log, state_of, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import yaml
 
 from classification.checkpoint import Position
 
@@ -18,8 +19,14 @@ def test_positions_name_their_folders():
     assert str(Position(3)) == "epoch 3" and str(Position(0, 2)) == "epoch 0 and 2 updates"
 
 
-@pytest.mark.parametrize("options", [[], ["--amp", "fp16"]], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("start", ["epoch_0000_update_000002", "epoch_0000_update_000004", "epoch_0001_update_000002"])
+@pytest.mark.parametrize(
+    "start, options",
+    [
+        ("epoch_0000_update_000002", []),
+        ("epoch_0000_update_000004", ["--amp", "fp16"]),
+        ("epoch_0001_update_000002", ["--channels-last"]),
+    ],
+)
 def test_inside_an_epoch(cli, read_log, same_state, tmp_path, start, options):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert cli("--output", whole, *options, "--opts", *RANDOM).status == 0
@@ -94,7 +101,12 @@ def test_another_number_of_processes(cli, torchrun, tiny_cfg, read_log, fails, t
     keep("epoch_0000_update_000002")
     outcome = cli(*common[2:])
     assert outcome.status == 0, outcome
-    assert "1 process(es) instead of 2: batch 2 x 2 accumulation step(s) keep 4 images per update" in outcome.out
+    message = "1 process(es): batch 2 x 2 accumulation step(s) keep the run's 4 images per update"
+    assert message in outcome.out
+    # once more on one process: what was asked for is the same, so it is still the run's batch
+    keep("epoch_0001")
+    outcome = cli(*common[2:])
+    assert outcome.status == 0 and message in outcome.out
     alone = read_log(tmp_path / "run", "train")
     keep("epoch_0001_update_000002")
     done = torchrun(2, *common)
@@ -150,3 +162,28 @@ def test_sharded_parameters(cli, torchrun, tiny_cfg, read_log, same_state, tmp_p
     assert resumed.status == 0
     for one, other in zip(read_log(tmp_path / "one", "train"), curves[0][7:], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_teacher_with_statistics(torchrun, tiny_cfg, same_state, tmp_path, parallel):
+    """MESA's teacher evaluates with running statistics, and is gathered anew after every update where it is sharded:
+    two processes, begun in the middle of its phase, end with the same bits."""
+    config = yaml.safe_load(tiny_cfg.read_text())
+    config["MODEL"] |= {
+        "NAME": "vssd_nano",
+        "DROP_PATH_RATE": 0.0,
+        "KWARGS": {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 4]},
+    }
+    config["TRAIN"] |= {"MESA": 1.0, "MESA_START": 0.0, "SAVE_UPDATES": 2, "KEEP_CHECKPOINTS": 99}
+    config["PARALLEL"] = parallel
+    file = tmp_path / "vssd.yaml"
+    file.write_text(yaml.safe_dump(config))
+    common = ["--cfg", file, "--batch-size", 2, "--resume", "auto", "--output"]
+    done = torchrun(2, *common, tmp_path / "whole")
+    assert done.returncode == 0, done.stderr[-3000:]
+    start = "epoch_0000_update_000002"
+    shutil.copytree(tmp_path / "whole/checkpoints" / start, tmp_path / "again/checkpoints" / start)
+    done = torchrun(2, *common, tmp_path / "again")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("epoch_0000_update_000004", "epoch_0002"):
+        same_state(tmp_path / "whole/checkpoints" / name, tmp_path / "again/checkpoints" / name)
