@@ -21,7 +21,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 LIBRARIES = {"ssm_ops": "kernels", "ssm_models": "classification"}
-SCRIPTS = ("classification", "analyze")
+SCRIPTS = ("classification", "detection", "segmentation", "analyze")
+# of the scripts, but not inside one of them: what detection and segmentation share
+SHARED = {"ssm_mm": "classification"}
 BUILDS = ("auto", "none", "cpu", "cuda")
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 
@@ -34,7 +36,9 @@ for library, where in LIBRARIES.items():
     packages += find_packages(where, include=[library, f"{library}.*"])
 if "editable_wheel" in sys.argv:
     packages += [name for folder in SCRIPTS for name in find_packages(".", include=[folder, f"{folder}.*"])]
-    packages = [name for name in packages if not name.startswith("classification.ssm_models")]
+    packages = [name for name in packages if not name.startswith("classification.ssm_")]
+    for library, where in SHARED.items():
+        packages += find_packages(where, include=[library, f"{library}.*"])
 
 
 def cpu_extension() -> Extension:
@@ -129,7 +133,7 @@ extensions += [cuda_extension()] if build == "cuda" or (build == "auto" and want
 
 setup(
     packages=packages,
-    package_dir={library: f"{where}/{library}" for library, where in LIBRARIES.items()},
+    package_dir={library: f"{where}/{library}" for library, where in {**LIBRARIES, **SHARED}.items()},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtensions},
 )

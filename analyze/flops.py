@@ -1,16 +1,27 @@
 """Parameters and multiply-accumulates (MACs, the "FLOPs" of the papers) of models, beside the published numbers.
 
 python analyze/flops.py [--models NAME ...] [--size H [W]] [--csv flops.csv]
+python analyze/flops.py --tree [DEPTH] --models NAME ... [--size H [W]] [--csv tree.csv]
+
+With --tree, the same numbers of every module down to DEPTH that costs anything; "(itself)" is what a module does
+outside of its parts, such as the scan of a mixer.
 """
 
 import argparse
 import csv
 import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from ssm_models.model_card import ModelCard, model_card, registered_models
+from ssm_models.model_card import _COMMON, _FAMILIES, ModelCard, _without_memory, model_card, registered_models
+from ssm_ops import flop_formulas
 
 LEGEND = """\
 GMACs: 1e9 multiply-accumulates for one image, by the conventions of the papers' counter (fvcore).
@@ -39,12 +50,16 @@ def count(names: list[str], size: list[int] | None) -> list[ModelCard]:
 def table(cards: list[ModelCard]) -> str:
     """One line per model, in aligned columns."""
     columns = ("model", "size", "parameters", "GMACs: hardware-aware", "recurrence", "official", "published")
-    rows = [columns, *(_row(card) for card in cards)]
+    return _aligned([columns, *(_row(card) for card in cards)], left=1)
+
+
+def _aligned(rows: list[tuple[str, ...]], left: int) -> str:
+    """Columns of text, the first `left` of them flush left, the first row above a rule."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    aligned = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
+    flush = [str.ljust] * left + [str.rjust] * (len(widths) - left)
     return "\n".join(
-        "  ".join([name.ljust(widths[0]), *cells[1:]]) for (name, *_), cells in zip(rows, aligned, strict=True)
+        "  ".join(put(cell, width) for put, cell, width in zip(flush, line, widths, strict=True)) for line in lines
     )
 
 
@@ -67,21 +82,122 @@ def write_csv(cards: list[ModelCard], path: Path) -> None:
             )
 
 
+# ---- per module ------------------------------------------------------------------------------------------------------
+
+_ITSELF = "(itself)"
+
+
+class Module(NamedTuple):
+    """What a module costs for one image; `path` is its name in the model, "" for the model."""
+
+    path: str
+    kind: str
+    parameters: int
+    macs: int
+    macs_recurrence: int
+    macs_official: int
+
+    @property
+    def depth(self) -> int:
+        return len(self.path.split(".")) if self.path else 0
+
+
+def tree(name: str, input_size: tuple[int, int, int], depth: int) -> list[Module]:
+    """The modules of a registered model down to `depth`, parents first; the numbers of parts add up to their parent's.
+
+    The first is the model, with the numbers of its `model_card`. Left out are modules that have and do nothing counted.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    counts = _macs_by_module(model, input_size)
+    found: list[Module] = []
+
+    def add(path: str, module: nn.Module, level: int) -> tuple[int, ...]:
+        """Enter the module and what is below it; returns its numbers."""
+        place = len(found)
+        parts = [add(f"{path}.{part}".strip("."), child, level + 1) for part, child in module.named_children()]
+        sums = tuple(map(sum, zip(*parts, strict=True))) if parts else (0, 0, 0, 0)
+        # a list of modules is never called: it costs what its parts cost
+        numbers = (sum(p.numel() for p in module.parameters()), *counts.get(path, sums[1:]))
+        own = tuple(whole - part for whole, part in zip(numbers, sums, strict=True))
+        if parts and any(own) and level < depth:
+            found.append(Module(f"{path}.{_ITSELF}".strip("."), "", *own))
+        if level <= depth and any(numbers):
+            found.insert(place, Module(path, type(module).__name__, *numbers))
+        return numbers
+
+    add("", model, 0)
+    return found
+
+
+def _macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """MACs of every module that computes, by its name in the model: hardware-aware, recurrence, official."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when needed
+
+    family = _FAMILIES[type(model).__name__]
+    ours = {**_COMMON, **family.also}
+    conventions = (ours, {**ours, **flop_formulas("recurrence")}, {**ours, **family.instead})
+    with FakeTensorMode(), torch.no_grad(), ExitStack() as stack:
+        shell = _without_memory(model)
+        counters = [stack.enter_context(FlopCounterMode(display=False, custom_mapping=dict(c))) for c in conventions]
+        shell(torch.empty(1, *input_size))
+    counts = [counter.get_flop_counts() for counter in counters]
+    root = type(model).__name__
+    return {
+        path.removeprefix(root).removeprefix("."): tuple(
+            sum(flops // 2 for flops in count.get(path, {}).values()) for count in counts
+        )
+        for path in set().union(*counts) - {"Global"}
+    }
+
+
+def tree_table(modules: Iterable[Module]) -> str:
+    """One line per module, indented; MACs in 1e9, and their share of the model."""
+    modules = list(modules)
+    columns = ("module", "type", "parameters", "GMACs: hardware-aware", "share", "recurrence", "official")
+    rows = [columns]
+    for module in modules:
+        label = "  " * module.depth + (module.path.rpartition(".")[2] or "(model)")
+        share = f"{module.macs / modules[0].macs:.1%}"
+        giga = [f"{n / 1e9:.6f}" for n in module[3:]]
+        rows.append((label, module.kind, f"{module.parameters:,}", giga[0], share, *giga[1:]))
+    return _aligned(rows, left=2)
+
+
+def write_tree_csv(trees: dict[str, list[Module]], path: Path) -> None:
+    """Exact numbers of every module of every model."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "depth", "module", "type", *Module._fields[2:]])
+        for name, modules in trees.items():
+            writer.writerows([name, module.depth, *module] for module in modules)
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="analyze/flops.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", metavar="NAME", help="registered names (all)")
     parser.add_argument("--size", type=int, nargs="+", metavar="H [W]", help="of the images (each model's own)")
+    parser.add_argument("--tree", type=int, nargs="?", const=2, metavar="DEPTH", help="module by module (to depth 2)")
     parser.add_argument("--csv", type=Path, help="also write the exact numbers to this file")
     args = parser.parse_args(argv)
     try:
+        if args.tree is not None and args.tree < 0:
+            raise ValueError(f"--tree {args.tree} must be at least 0")
         cards = count(args.models or registered_models(), args.size)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(cards), LEGEND, sep="\n\n")
+    trees = {card.name: tree(card.name, card.input_size, args.tree) for card in cards if args.tree is not None}
+    for name, modules in trees.items():
+        print(f"\n{name}\n{tree_table(modules)}")
     if args.csv:
-        write_csv(cards, args.csv)
+        write_tree_csv(trees, args.csv) if trees else write_csv(cards, args.csv)
         print(f"\n{args.csv}")
     return 0
 

@@ -6,6 +6,7 @@ python analyze/predictions.py --run runs/quickstart [--data-path FOLDER] [--coun
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,25 +59,51 @@ def predict(cfg: CN, weights: Path, count: int, device: torch.device) -> list[Pr
     ]
 
 
+class Tile(NamedTuple):
+    """A picture of a sheet."""
+
+    image: torch.Tensor  # (3, H, W), from 0 to 1
+    caption: str
+    wrong: bool = False  # framed and written in red
+    note: str = ""  # below the picture
+
+
+def draw_sheet(tiles: list[Tile], title: str, columns: int = _COLUMNS) -> Figure:
+    """The pictures in rows of `columns`, captions above them."""
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    lines = max(tile.caption.count("\n") + 1 for tile in tiles)
+    height = 1.35 + 0.13 * lines + (0.15 if any(tile.note for tile in tiles) else 0)
+    figure = Figure(figsize=(1.35 * max(columns, 3), height * rows + 0.5), layout="constrained")
+    for number, tile in enumerate(tiles):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.imshow(tile.image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(tile.caption, fontsize=8, color="red" if tile.wrong else "black")
+        axes.set_xlabel(tile.note, fontsize=7, color="dimgray", labelpad=2)
+        for spine in axes.spines.values():
+            spine.set(color="red" if tile.wrong else "silver", linewidth=3 if tile.wrong else 1)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def denormalise(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(3, H, W) as a model sees it -> from 0 to 1."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return image * std + mean
+
+
 def draw(predictions: list[Prediction]) -> Figure:
     """The sheet: one tile per image, "predicted confidence" above it and the truth too where it differs."""
-    rows = -(-len(predictions) // _COLUMNS)
-    figure = Figure(figsize=(1.35 * _COLUMNS, 1.6 * rows + 0.5), layout="constrained")
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    for number, prediction in enumerate(predictions):
-        axes = figure.add_subplot(rows, _COLUMNS, number + 1)
-        axes.imshow((prediction.image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        right = prediction.predicted == prediction.true
-        title = f"{prediction.predicted}  {prediction.confidence:.0%}"
-        axes.set_title(
-            title if right else f"{title}\nis {prediction.true}", fontsize=8, color="black" if right else "red"
-        )
-        for spine in axes.spines.values():
-            spine.set(color="silver" if right else "red", linewidth=1 if right else 3)
-    wrong = sum(prediction.predicted != prediction.true for prediction in predictions)
-    figure.suptitle(f"{len(predictions) - wrong} of {len(predictions)} validation images right", fontsize=10)
-    return figure
+    tiles = []
+    for prediction in predictions:
+        wrong = prediction.predicted != prediction.true
+        caption = f"{prediction.predicted}  {prediction.confidence:.0%}"
+        caption += f"\nis {prediction.true}" if wrong else ""
+        pixels = denormalise(prediction.image, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        tiles.append(Tile(pixels, caption, wrong))
+    wrong = sum(tile.wrong for tile in tiles)
+    return draw_sheet(tiles, f"{len(tiles) - wrong} of {len(tiles)} validation images right")
 
 
 def best_weights(run: Path) -> tuple[Path, str]:

@@ -5,7 +5,7 @@ the costs of their operators in PyTorch's `FlopCounterMode`.
 from ssm_ops import register_flop_formulas
 
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint
-from .dense import DenseVisionMamba, DenseVSSD, DenseVSSM
+from .dense import DenseBackbone, DenseVisionMamba, DenseVSSD, DenseVSSM
 from .model_card import ModelCard, model_card
 from .upstream import from_upstream
 from .vim import VisionMamba
@@ -16,6 +16,7 @@ __all__ = [
     "VSSD",
     "VSSM",
     "CheckpointError",
+    "DenseBackbone",
     "DenseVSSD",
     "DenseVSSM",
     "DenseVisionMamba",

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .dense import DenseVisionMamba, DenseVSSD, DenseVSSM
 from .unpickle import CheckpointError, read_pickle
 
 __all__ = ["CheckpointError", "LoadReport", "Weights", "find_weights", "load_checkpoint", "read_checkpoint"]
@@ -23,7 +22,6 @@ _log = logging.getLogger(__name__)
 
 _ENTRIES = {"auto": ("model", "state_dict", "model_ema"), "model": ("model", "state_dict"), "ema": ("model_ema",)}
 
-_BACKBONES = (DenseVSSM, DenseVSSD, DenseVisionMamba)
 # What a classifier has and a backbone has not, and the other way round.
 _OF_CLASSIFIER = re.compile(r"(classifier|norm|head)\.")
 _OF_BACKBONE = re.compile(r"(outnorm|fpn)\d+\.")
@@ -144,7 +142,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto", new
             raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {error}") from error
     fresh, left_out = _parts_of_one_side(model, found, own)
     if len(found) < len(weights.tensors):
-        if not isinstance(model, _BACKBONES):
+        if not _is_backbone(model):
             raise CheckpointError(f"{path} has weights twice, under old and present names")
         # Vim's drops class tokens while it converts, and renames nothing
         left_out += [name for name in weights.tensors if name not in found]
@@ -166,11 +164,16 @@ def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto", new
     return report
 
 
+def _is_backbone(model: nn.Module) -> bool:
+    """Whether it is one of `ssm_models.dense`."""
+    return getattr(model, "gives_maps", False)
+
+
 def _parts_of_one_side(
     model: nn.Module, found: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str]]:
     """(names of a backbone that a classifier has not, names of a classifier that a backbone has not)"""
-    if not isinstance(model, _BACKBONES):
+    if not _is_backbone(model):
         return [], []
     of_backbone = any(_OF_BACKBONE.match(name) for name in found)
     fresh = [] if of_backbone else [name for name in own if _OF_BACKBONE.match(name)]
@@ -179,7 +182,7 @@ def _parts_of_one_side(
 
 def _classifier_prefix(model: nn.Module) -> str | None:
     """How the names of the layer that gives the logits begin; None for a model without one."""
-    if isinstance(model, _BACKBONES) or not hasattr(model, "get_classifier"):
+    if _is_backbone(model) or not hasattr(model, "get_classifier"):
         return None
     head = model.get_classifier()
     return next((f"{name}." for name, module in model.named_modules() if module is head), None)

@@ -1,26 +1,123 @@
-"""Backbones for dense prediction: a norm on every stage's map, a tuple of NCHW maps, no classifier. Framework-free."""
+"""Backbones for dense prediction: a norm on every stage's map, a tuple of NCHW maps, no classifier. Framework-free.
+
+`DenseBackbone` makes one from a name of the registry; the classes below it are the families' own forms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of all dimensions, synchronised or not
 
+from . import vim, vssd, vssm
+from .checkpoint import load_checkpoint
 from .layers.norm import get_norm
 from .vim import VisionMamba
 from .vssd import VSSD
 from .vssm import VSSM
 
 
-class _Dense(nn.Module):
-    """What a hierarchical family needs to become a backbone; goes before it among the bases."""
+def DenseBackbone(  # a constructor to its users
+    name: str,
+    out_indices: Sequence[int] | None = None,
+    checkpoint: str | Path | None = None,
+    *,
+    drop_path_rate: float | None = None,
+    frozen_stages: int = -1,
+    norm_eval: bool = False,
+    use_checkpoint: bool = False,
+    model_args: Mapping[str, Any] | None = None,
+) -> Dense:
+    """A registered model as a pyramid of maps.
+
+    Args:
+        name: of the registry, "vmamba_tiny_s1l8".
+        out_indices: stages (VMamba, VSSD) or blocks (Vim) whose maps are given out. None: all stages, or the last
+            blocks of the four quarters.
+        checkpoint: file of weights, see `load_checkpoint`; a classifier's or a backbone's. None: random weights.
+        drop_path_rate: of the last block, None for the model's own.
+        frozen_stages: -1 trains everything, 0 all but the stem, n all but the stem and the first n stages (blocks of
+            Vim). What is frozen has no gradients and stays in evaluation mode.
+        norm_eval: keep the running statistics of batch norms as they are.
+        use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
+        model_args: further arguments of the family's constructor, such as {"norm_layer": "ln"}.
+
+    Raises:
+        ValueError: an unknown name, stages that there are not.
+        TypeError: an argument that the family has not.
+        CheckpointError: a file that does not fit, by its first differing names.
+    """
+    family = next((family for family, variants in _FAMILIES.items() if name in variants), None)
+    if family is None:
+        known = [known for variants in _FAMILIES.values() for known in variants]
+        near = difflib.get_close_matches(name, known, n=3) or known
+        raise ValueError(f"{name!r} is not a model of the zoo; did you mean {' or '.join(near)}?")
+    arguments = {**_FAMILIES[family][name], **(model_args or {}), "use_checkpoint": use_checkpoint}
+    if drop_path_rate is not None:
+        arguments["drop_path_rate"] = drop_path_rate
+    if out_indices is not None:
+        arguments["out_indices"] = out_indices
+    elif family is DenseVisionMamba:
+        arguments["out_indices"] = [arguments.get("depth", 24) * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+    else:
+        arguments["out_indices"] = range(len(arguments["depths"]))
+    backbone = family(**arguments)
+    if checkpoint is not None:
+        load_checkpoint(backbone, checkpoint)
+    backbone.freeze(frozen_stages, norm_eval)
+    return backbone
+
+
+class Dense(nn.Module):
+    """What all backbones have; goes before the family among the bases.
+
+    Attributes:
+        out_channels: channels of the maps, in their order.
+    """
+
+    gives_maps = True
+    out_channels: list[int]
+    _frozen: Sequence[nn.Module] = ()
+    _norm_eval = False
+
+    def freeze(self, stages: int, norm_eval: bool) -> None:
+        """See `DenseBackbone`. Raises ValueError for more stages than there are."""
+        if not -1 <= stages <= len(self.layers):
+            raise ValueError(f"frozen_stages={stages} is not between -1 and {len(self.layers)}")
+        frozen = [self.patch_embed, *self.layers[:stages]] if stages >= 0 else []
+        for part in frozen:
+            part.requires_grad_(False)
+        if stages >= 0 and getattr(self, "pos_embed", None) is not None:
+            self.pos_embed.requires_grad_(False)
+        # a tuple, which does not register the modules a second time
+        self._frozen, self._norm_eval = tuple(frozen), norm_eval
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        if self._norm_eval:
+            for module in self.modules():
+                if isinstance(module, BatchNorm):
+                    module.eval()
+        return self
+
+
+class _Hierarchical(Dense):
+    """A family with stages."""
 
     def _add_outnorms(self, out_indices: Sequence[int], norm: Callable[[int], nn.Module]) -> None:
         bad = [i for i in out_indices if not 0 <= i < self.num_layers]
         if bad or not out_indices:
             raise ValueError(f"out_indices={tuple(out_indices)} must name stages 0..{self.num_layers - 1}")
         self.out_indices = tuple(out_indices)
+        self.out_channels = [self.dims[i] for i in self.out_indices]
         for i in self.out_indices:
             self.add_module(f"outnorm{i}", norm(self.dims[i]))
 
@@ -36,7 +133,7 @@ class _Dense(nn.Module):
         return tuple(maps)
 
 
-class DenseVSSM(_Dense, VSSM):
+class DenseVSSM(_Hierarchical, VSSM):
     """VMamba as a backbone; keys are those of `VSSM` without the classifier, plus `outnorm{i}`.
 
     Args:
@@ -50,7 +147,7 @@ class DenseVSSM(_Dense, VSSM):
         self._add_outnorms(out_indices, get_norm(norm_layer))
 
 
-class DenseVSSD(_Dense, VSSD):
+class DenseVSSD(_Hierarchical, VSSD):
     """VSSD as a backbone; keys are those of `VSSD` without norm and head, plus `outnorm{i}`.
 
     Args:
@@ -64,16 +161,17 @@ class DenseVSSD(_Dense, VSSD):
         self._add_outnorms(out_indices, nn.LayerNorm)
 
 
-class DenseVisionMamba(VisionMamba):
+class DenseVisionMamba(Dense, VisionMamba):
     """Vim as a backbone: maps of one stride after some of its blocks, brought to the strides 4, 8, 16, 32.
 
     Class tokens and their rows of the position embedding are left out; keys are otherwise those of `VisionMamba`
     without the head, plus `fpn1`, `fpn2` as in the published segmentation models (there with SyncBatchNorm, which
     `torch.nn.SyncBatchNorm.convert_sync_batchnorm` gives).
+    Without them, `ssm_models.layers.simple_fpn` makes the pyramid of the published detectors.
 
     Args:
         out_indices: blocks, one per map; a single one makes all four.
-        if_fpn: bring the maps to four strides. It needs a stride of 16 or 8.
+        if_fpn: bring the maps to four strides. It needs a stride of 16, 8 or 4.
         use_residual_as_feature: maps of the residual stream; else of what a block adds to it, as first published.
         last_layer_process: of the last block's map with `use_residual_as_feature`: "none" (what it adds), "add" (the
             stream) or "add & norm".
@@ -100,12 +198,13 @@ class DenseVisionMamba(VisionMamba):
             raise ValueError(f"out_indices={tuple(out_indices)} names a block twice")
         if if_fpn and (stride not in _FPNS or len(out_indices) not in (1, 4)):
             raise ValueError(
-                f"if_fpn makes four maps of one or four out_indices at stride 16 or 8, not of {tuple(out_indices)} at "
-                f"stride {stride}; if_fpn=False gives the maps as they are"
+                "if_fpn makes four maps of one or four out_indices at stride 16, 8 or 4, not of "
+                f"{tuple(out_indices)} at stride {stride}; if_fpn=False gives the maps as they are"
             )
         self.out_indices = tuple(out_indices)
         self.use_residual_as_feature, self.last_layer_process = use_residual_as_feature, last_layer_process
         self.if_fpn = if_fpn
+        self.out_channels = [self.embed_dim] * (4 if if_fpn else len(out_indices))
         if if_fpn:
             self.fpn1, self.fpn2, self.fpn3, self.fpn4 = _FPNS[stride](self.embed_dim)
 
@@ -151,4 +250,9 @@ def _fpn_of_stride_8(dim: int) -> tuple[nn.Module, ...]:
     return nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2)), nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)
 
 
-_FPNS = {16: _fpn_of_stride_16, 8: _fpn_of_stride_8}
+def _fpn_of_stride_4(dim: int) -> tuple[nn.Module, ...]:
+    return nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4), nn.MaxPool2d(8)
+
+
+_FPNS = {16: _fpn_of_stride_16, 8: _fpn_of_stride_8, 4: _fpn_of_stride_4}
+_FAMILIES = {DenseVSSM: vssm.VARIANTS, DenseVSSD: vssd.VARIANTS, DenseVisionMamba: vim.VARIANTS}

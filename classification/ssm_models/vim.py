@@ -468,8 +468,8 @@ def checkpoint_filter_fn(
     """Bring a published state dict to the grid of `model`; one in this form stays as it is.
 
     The position embedding is resized, rows of class tokens apart; tables of rotary positions are the model's own. A
-    model with neither class tokens nor classifier, a backbone, drops the tokens and their rows. Other differences are
-    left to the strict loading.
+    model with neither class tokens nor classifier, a backbone, drops the tokens and their rows, and brings the tables
+    itself. Other differences are left to the strict loading.
 
     Args:
         legacy_pos_embed: resize as the original code did: the first row stays, whatever it belongs to, and the others,
@@ -477,8 +477,11 @@ def checkpoint_filter_fn(
     """
     own = model.state_dict()
     converted = dict(state_dict)
+    backbone = "head.weight" not in own and not model.class_tokens()
     for name in ("rope.freqs_cos", "rope.freqs_sin"):
-        if name in converted and name in own and converted[name].shape != own[name].shape:
+        # published detectors and segmentors rotate, the classifiers that they start from do not
+        absent = backbone and name not in converted
+        if name in own and (absent or (name in converted and converted[name].shape != own[name].shape)):
             converted[name] = own[name]
     tokens, kept = sum(name in converted for name in CLS_TOKENS), len(model.class_tokens())
     if not kept and "head.weight" not in own:

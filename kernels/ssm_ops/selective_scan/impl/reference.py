@@ -19,12 +19,16 @@ from torch import Tensor
 
 from ..ops import STATE_CHUNK, state_dtype
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former came with torch 2.7
+
 
 def linear_recurrence(decay: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     """h_t = exp(decay_t) h_{t-1} + x_t for t = 0..T-1 along dim 0, from h_{-1} = h0; overwrites x, which becomes h.
 
     decay, x: (T, *), h0: (*).
     """
+    if _is_exporting():
+        return _recurrence_by_doubling(decay.exp(), x, h0)
     length = x.shape[0]
     steps = math.isqrt(length - 1) + 1
     segments = (length + steps - 1) // steps
@@ -45,6 +49,32 @@ def linear_recurrence(decay: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     return h.flatten(0, 1)[:length]
 
 
+def _recurrence_by_doubling(factor: Tensor, x: Tensor, h0: Tensor) -> Tensor:
+    """h_t = factor_t h_{t-1} + x_t as `linear_recurrence`, in few large steps that change nothing in place: a graph for
+    export grows with log(T), where the loops above would write out sqrt(T) steps. Segments are the same.
+    """
+    length = x.shape[0]
+    steps = math.isqrt(length - 1) + 1
+    pad = (0, 0) * (x.dim() - 1) + (0, -length % steps)
+    factor, x = (F.pad(t, pad).unflatten(0, (-1, steps)) for t in (factor, x))  # (P, S, *)
+    factor, h = _double(factor, x, 1)
+    through, last = factor[:, -1], h[:, -1]
+    first = torch.addcmul(last[:1], through[:1], h0)
+    after = _double(through, torch.cat([first, last[1:]]), 0)[1]  # the state after each segment
+    before = torch.cat([h0.unsqueeze(0), after[:-1]])
+    return torch.addcmul(h, factor, before.unsqueeze(1)).flatten(0, 1)[:length]
+
+
+def _double(factor: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Along `dim`, the products of `factor` since the start and the recurrence from zero: step k joins what 2^k tokens
+    have gathered with what the 2^k before them have (Hillis & Steele 1986, "Data parallel algorithms")."""
+    for k in range((x.shape[dim] - 1).bit_length()):
+        later = (0, 0) * (x.dim() - 1 - dim) + (2**k, -(2**k))
+        x = torch.addcmul(x, factor, F.pad(x, later))
+        factor = factor * F.pad(factor, later, value=1.0)
+    return factor, x
+
+
 class _Chunks:
     """The inputs, cut into chunks and brought to the layout and dtype of the recurrence."""
 
@@ -58,7 +88,7 @@ class _Chunks:
         self.delta_bias, self.delta_softplus = delta_bias, delta_softplus
 
     def slices(self) -> list[slice]:
-        chunk = STATE_CHUNK["reference"]
+        chunk = self.length if _is_exporting() else STATE_CHUNK["reference"]
         return [slice(t, min(t + chunk, self.length)) for t in range(0, self.length, chunk)]
 
     def per_channel(self, x: Tensor, where: slice) -> Tensor:

@@ -1,0 +1,231 @@
+"""What the commands of this folder have in common: models, weights, images and devices as users name them.
+
+Everything that a user can get wrong raises UserError, which `run` turns into one line and exit status 2.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+from torchvision.transforms import functional as TF
+from yacs.config import CfgNode as CN
+
+from classification.checkpoint import META, read_checkpoint
+from classification.config import parse_config
+from classification.data.sources.decode import UNREADABLE, decode_image
+from classification.data.transforms import Transform, eval_transform
+from classification.errors import UserError
+from classification.model import check_model_name, load_pretrained
+from ssm_models import CheckpointError
+from ssm_models import read_checkpoint as read_weights
+
+T = TypeVar("T")
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def run(command: Callable[[], None]) -> int:
+    """Run a command; returns its exit status: 0, or 2 after the one line of a UserError."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "" is CUDA where there is one."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device of PyTorch; use cpu or cuda") from error
+
+
+def build_model(name: str, num_classes: int | None = None, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """A registered model of timm, ours included, in evaluation mode, with `num_classes` (its own number if None) and
+    `arguments` of its constructor."""
+    check_model_name(name, "model")
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        return timm.create_model(name, **classes, **(arguments or {})).eval()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model {name} cannot be built: {error}") from error
+
+
+def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
+    """`build_model` with the weights of `checkpoint`, as many classes as these are for; random weights if None.
+
+    `checkpoint` is a checkpoint folder of ours, the run folder of a finished training (its best weights), a
+    .safetensors file or an official .pth file. UserError also where it is of another model.
+    """
+    if checkpoint is None:
+        return build_model(name)
+    check_model_name(name, "model")
+    cfg = run_config(checkpoint)
+    if cfg is not None and name != cfg.MODEL.NAME:
+        raise UserError(f"--checkpoint {checkpoint} is of the model {cfg.MODEL.NAME}, not of {name}")
+    file = weights_file(checkpoint)
+    model = build_model(name, _classes_in(file, name), None if cfg is None else cfg.MODEL.KWARGS)
+    load_pretrained(model, file, option="--checkpoint")
+    return model.eval()
+
+
+def model_name(name: str | None, checkpoint: Path | None) -> str:
+    """`name`, or that of the model in a checkpoint of ours where it is None."""
+    if name is not None:
+        return name
+    cfg = run_config(checkpoint)
+    if cfg is None:
+        raise UserError("give --model NAME: only the checkpoints of runs of this repository know their model")
+    return cfg.MODEL.NAME
+
+
+def _checkpoint_folder(checkpoint: Path) -> Path:
+    """The best checkpoint of the run folder `checkpoint`, else `checkpoint` itself."""
+    best = checkpoint / "checkpoints" / "best"
+    return best if (best / META).is_file() else checkpoint
+
+
+def run_config(checkpoint: Path | None) -> CN | None:
+    """The config of the run that wrote a checkpoint or run folder of ours; None for any other file."""
+    if checkpoint is None:
+        return None
+    folder = _checkpoint_folder(checkpoint)
+    return parse_config(read_checkpoint(folder).meta["config"]) if (folder / META).is_file() else None
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The file that holds the weights of what `load_model` takes."""
+    folder = _checkpoint_folder(checkpoint)
+    if (folder / META).is_file():
+        return read_checkpoint(folder).weights_file
+    if not folder.is_file():
+        raise UserError(
+            f"--checkpoint {checkpoint} is neither a file nor a folder of a finished run or checkpoint; give one of "
+            "these, a .safetensors or a .pth file"
+        )
+    return folder
+
+
+def _classes_in(file: Path, name: str) -> int | None:
+    """The rows of the classifier's weight in `file`; None where it has none under the model's name for it."""
+    try:
+        weights = read_weights(file)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    names = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    classifier = names.classifier if isinstance(names.classifier, str) else names.classifier[0]
+    weight = weights.get(f"{classifier}.weight")
+    return None if weight is None else weight.shape[0]
+
+
+def find_images(paths: Iterable[Path]) -> list[Path]:
+    """Files as they are, and of folders all images below them, sorted. UserError where there is none."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path} does not exist: give an image or a folder of images")
+    return found
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image of any size and mode (grey, alpha, CMYK, palette, 16 bit) as 8-bit RGB."""
+    try:
+        return decode_image(path.read_bytes())
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def to_tensor(image: Image.Image, name: str, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """RGB image -> (1, 3, H, W) fp32, normalised as model `name` was trained, resized to `size` (H, W) if given."""
+    settings = timm.get_pretrained_cfg(name)
+    if size is not None:
+        image = TF.resize(image, list(size), TF.InterpolationMode.BICUBIC)
+    return TF.normalize(TF.to_tensor(image), settings.mean, settings.std)[None]
+
+
+def image_size(asked: Sequence[int] | None, name: str, checkpoint: Path | None) -> tuple[int, int]:
+    """(H, W): what the user asked for (H, or H and W), else that of the run, else the model's own."""
+    cfg = run_config(checkpoint)
+    if asked is None:
+        return timm.get_pretrained_cfg(name).input_size[1:] if cfg is None else (cfg.DATA.IMG_SIZE,) * 2
+    if len(asked) > 2 or min(asked) < 1:
+        raise UserError(f"--size {' '.join(map(str, asked))} is not H or H W, in pixels")
+    return asked[0], asked[-1]
+
+
+@torch.inference_mode()
+def check_image_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
+    """UserError where `model`, called `name`, does not take images of this size."""
+    try:
+        model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+    except (ValueError, RuntimeError) as error:  # the latter: PyTorch's, of a map smaller than a convolution
+        raise UserError(f"{name} takes no images of {size[0]}x{size[1]} pixels: {error}") from error
+
+
+def evaluation_transform(name: str, checkpoint: Path | None, size: int | None = None) -> Transform:
+    """RGB image -> normalised fp32 tensor (3, S, S), as in the evaluation of the run that wrote `checkpoint`, else as
+    model `name` is evaluated by its authors (timm: shorter side to S / crop_pct, centre crop). `size` replaces S."""
+    if size is not None and size < 1:
+        raise UserError(f"--size {size} is not a number of pixels")
+    cfg = run_config(checkpoint)
+    if cfg is None:
+        check_model_name(name, "model")
+        settings = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        shape = settings["input_size"] if size is None else (3, size, size)
+        return create_transform(**{**settings, "input_size": shape})
+    if size is not None:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATA.IMG_SIZE = size
+    return eval_transform(cfg)
+
+
+def sample_images() -> dict[str, Image.Image]:
+    """The two photographs that come with scikit-learn, a temple and a flower (640x427), by file name."""
+    from sklearn.datasets import load_sample_images  # takes a second to import, and few commands need it
+
+    found = load_sample_images()
+    names = [Path(name).name for name in found.filenames]
+    return {name: Image.fromarray(pixels) for name, pixels in zip(names, found.images, strict=True)}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and --checkpoint, for `model_name` and `load_model`."""
+    parser.add_argument("--model", metavar="NAME", help="of timm's registry; runs of this repository know theirs")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="run or checkpoint folder, .safetensors or official .pth file"
+    )
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """`items`, with a bar on the terminal (stderr) while they are worked on."""
+    return track(items, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if it is not there. UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    return folder

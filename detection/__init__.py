@@ -1,0 +1,1 @@
+"""COCO detection and instance segmentation with the zoo, through mmdet."""

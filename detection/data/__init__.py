@@ -1,0 +1,1 @@
+"""Data sets made here, in COCO format."""

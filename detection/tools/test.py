@@ -1,0 +1,60 @@
+"""Evaluate a detector on the test data of a config: box and mask AP.
+
+python detection/tools/test.py CONFIG CHECKPOINT [--tta] [--out predictions.pkl] [--show-dir DIR]
+"""
+
+import copy
+import sys
+
+from ssm_mm import command
+from ssm_mm.errors import UsageError
+from ssm_mm.packages import require
+
+_TTA_MODEL = {"type": "BoxTTAModel", "tta_cfg": {"nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100}}
+_META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return command.run(lambda: test(argv))
+
+
+def test(argv: list[str] | None) -> None:
+    """Raises UsageError."""
+    require("mmdet")
+    import detection.tta  # noqa: F401  registers; when mmdet has been found
+    from ssm_mm.config import testing_config
+    from ssm_mm.training import run_test
+
+    parser = command.test_parser("detection/tools/test.py", "Evaluate a detector.", "pickle file for the predictions")
+    args = command.parse(parser, argv)
+    cfg = testing_config(args)
+    if args.show_dir:
+        cfg.default_hooks.visualization.test_out_dir = args.show_dir
+    if args.tta:
+        add_tta(cfg)
+    if args.out:
+        if not args.out.endswith((".pkl", ".pickle")):
+            raise UsageError(f"--out {args.out} must end in .pkl")
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        cfg.test_evaluator = [*evaluators, {"type": "DumpDetResults", "out_file_path": args.out}]
+    run_test(cfg, args.checkpoint)
+
+
+def add_tta(cfg) -> None:
+    """Test both the image and its mirror image, merged by NMS, unless the config has another augmentation."""
+    if "tta_pipeline" not in cfg:
+        pipeline = copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
+        flips = [{"type": "RandomFlip", "prob": 1.0}, {"type": "RandomFlip", "prob": 0.0}]
+        pack = {"type": "PackDetInputs", "meta_keys": _META_KEYS}
+        pipeline[-1] = {"type": "TestTimeAug", "transforms": [flips, [pack]]}
+        cfg.tta_pipeline = pipeline
+    cfg.model = {**cfg.get("tta_model", _TTA_MODEL), "module": cfg.model}
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    if "segm" in cfg.test_evaluator.get("metric", ()):
+        print("--tta: boxes alone are evaluated, as masks are not merged")
+        cfg.test_evaluator.metric = ["bbox"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

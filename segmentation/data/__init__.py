@@ -1,0 +1,1 @@
+"""Data sets made here, in the layout of ADE20K."""
