@@ -11,17 +11,14 @@ import argparse
 import csv
 import sys
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
-from ssm_models.model_card import _COMMON, _FAMILIES, ModelCard, _without_memory, model_card, registered_models
-from ssm_ops import flop_formulas
+from ssm_models.model_card import ModelCard, macs_by_module, model_card, registered_models
 
 LEGEND = """\
 GMACs: 1e9 multiply-accumulates for one image, by the conventions of the papers' counter (fvcore).
@@ -109,7 +106,7 @@ def tree(name: str, input_size: tuple[int, int, int], depth: int) -> list[Module
     """
     with torch.device("meta"):
         model = timm.create_model(name)
-    counts = _macs_by_module(model, input_size)
+    counts = macs_by_module(model, input_size)
     found: list[Module] = []
 
     def add(path: str, module: nn.Module, level: int) -> tuple[int, ...]:
@@ -128,27 +125,6 @@ def tree(name: str, input_size: tuple[int, int, int], depth: int) -> list[Module
 
     add("", model, 0)
     return found
-
-
-def _macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """MACs of every module that computes, by its name in the model: hardware-aware, recurrence, official."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when needed
-
-    family = _FAMILIES[type(model).__name__]
-    ours = {**_COMMON, **family.also}
-    conventions = (ours, {**ours, **flop_formulas("recurrence")}, {**ours, **family.instead})
-    with FakeTensorMode(), torch.no_grad(), ExitStack() as stack:
-        shell = _without_memory(model)
-        counters = [stack.enter_context(FlopCounterMode(display=False, custom_mapping=dict(c))) for c in conventions]
-        shell(torch.empty(1, *input_size))
-    counts = [counter.get_flop_counts() for counter in counters]
-    root = type(model).__name__
-    return {
-        path.removeprefix(root).removeprefix("."): tuple(
-            sum(flops // 2 for flops in count.get(path, {}).values()) for count in counts
-        )
-        for path in set().union(*counts) - {"Global"}
-    }
 
 
 def tree_table(modules: Iterable[Module]) -> str:

@@ -167,7 +167,8 @@ def measure(
         v = result.variant
         step = Step(v, build(v), images(v.batch, v.size))
         timed(step, 1)  # compiles kernels and fills caches
-        result.peak_mib = (step.own_bytes + _peak_bytes(step, device)) / 2**20
+        step.ready()
+        result.peak_mib = (step.own_bytes + peak_bytes(step, device)) / 2**20
         steps[v] = step, max(1, math.ceil(seconds / timed(step, 1)))
 
     def sample(result: Result) -> None:
@@ -211,9 +212,8 @@ def failure(action: Callable[[], None], device: torch.device) -> str:
     return "out of memory" if full else f"failed: {reason[:200]}"
 
 
-def _peak_bytes(step: Step, device: torch.device) -> int:
-    """Most bytes that one step has allocated at the same time."""
-    step.ready()
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+    """Most bytes that one `step` has allocated at the same time, on `device`."""
     if device.type == "cuda":
         _wait(device)
         before = torch.cuda.memory_allocated(device)

@@ -29,7 +29,7 @@ from torch._subclasses import FakeTensorMode
 
 from ssm_ops import flop_formulas
 
-__all__ = ["PUBLISHED_MACS", "ModelCard", "model_card", "registered_models"]
+__all__ = ["PUBLISHED_MACS", "ModelCard", "macs_by_module", "model_card", "registered_models"]
 
 PUBLISHED_MACS = {
     "vanilla_vmamba_tiny": 5_626_895_040,
@@ -217,3 +217,24 @@ def _count_macs(model: nn.Module, image: torch.Tensor, conventions: tuple[Formul
         model(image)
     counts = [counter.get_flop_counts()["Global"] for counter in counters]
     return [{str(operator): flops // 2 for operator, flops in count.items()} for count in counts]
+
+
+def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """MACs of every module that computes, by its name in the model: hardware-aware, recurrence, official."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: only when needed
+
+    family = _FAMILIES[type(model).__name__]
+    ours = {**_COMMON, **family.also}
+    conventions = (ours, {**ours, **flop_formulas("recurrence")}, {**ours, **family.instead})
+    with FakeTensorMode(), torch.no_grad(), ExitStack() as stack:
+        shell = _without_memory(model)
+        counters = [stack.enter_context(FlopCounterMode(display=False, custom_mapping=dict(c))) for c in conventions]
+        shell(torch.empty(1, *input_size))
+    counts = [counter.get_flop_counts() for counter in counters]
+    root = type(model).__name__
+    return {
+        path.removeprefix(root).removeprefix("."): tuple(
+            sum(flops // 2 for flops in count.get(path, {}).values()) for count in counts
+        )
+        for path in set().union(*counts) - {"Global"}
+    }

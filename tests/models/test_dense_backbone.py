@@ -116,3 +116,27 @@ def test_simple_feature_pyramid():
     assert {key.split(".")[0] for key in pyramid.state_dict()} == {"simfp_2", "simfp_3", "simfp_4", "simfp_5"}
     with pytest.raises(ValueError, match="num_outs=3"):
         SimpleFeaturePyramid(32, num_outs=3)
+
+
+@pytest.mark.parametrize("name", ["vmamba_nano", "vssd_nano"])
+def test_recomputed_activations(name):
+    """Same maps and gradients, with less kept in between; also compiled, in one graph."""
+    images, results = torch.randn(1, 3, 64, 64), {}
+    for recompute in (False, True):
+        torch.manual_seed(1)
+        backbone = DenseBackbone(name, drop_path_rate=0.0, recompute_act=recompute)
+        kept: dict[int, int] = {}
+
+        def keep(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            maps = backbone(images)
+        sum(x.square().sum() for x in maps).backward()
+        results[recompute] = [*maps, *(p.grad for p in backbone.parameters())], sum(kept.values())
+    for expected, found in zip(results[False][0], results[True][0], strict=True):
+        torch.testing.assert_close(found, expected)
+    assert results[True][1] < 0.9 * results[False][1]
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images)[0], results[True][0][0])

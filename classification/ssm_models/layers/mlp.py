@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .act import get_act
 from .norm import get_linear
@@ -13,6 +15,10 @@ class Mlp(nn.Module):
     """fc1 -> act -> drop -> fc2 -> drop. With `gated`, fc1 yields (a, g) and fc2 takes a * act(g).
 
     Shapes: (B, H, W, C), or (B, C, H, W) with `channel_first`.
+
+    Attributes:
+        recompute: compute the activation a second time in the backward pass instead of keeping it. It is the largest
+            tensor of a block, and among the cheapest.
     """
 
     def __init__(
@@ -27,6 +33,7 @@ class Mlp(nn.Module):
         super().__init__()
         linear = get_linear(channel_first)
         self.gated = gated
+        self.recompute = False
         self.channel_dim = 1 if channel_first else -1
         self.fc1 = linear(dim, hidden_dim * (2 if gated else 1))
         self.act = get_act(act_layer)
@@ -35,6 +42,12 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
+        if self.recompute and torch.is_grad_enabled():
+            # it stops again before the product of fc2, which needs no result of its own
+            return checkpoint(self._from_hidden, x, use_reentrant=False)
+        return self._from_hidden(x)
+
+    def _from_hidden(self, x: Tensor) -> Tensor:
         if self.gated:
             x, gate = x.chunk(2, dim=self.channel_dim)
             x = x * self.act(gate)
