@@ -65,7 +65,6 @@ upernet_vmamba-base-s2l15_160k_ade20k-512x512 | mIoU 51.0, tta 51.6 | VMamba rel
 upernet_vssd-micro_160k_ade20k-512x512 | mIoU 45.6, tta 46.0 | Hugging Face, YuhengSSS/VSSD
 upernet_vssd-tiny_160k_ade20k-512x512 | mIoU 47.9, tta 48.7 | Hugging Face, YuhengSSS/VSSD
 upernet_vim-tiny_60k_ade20k-512x512 | mIoU 41.0 | not published
-upernet_vim-small_60k_ade20k-512x512 | mIoU 44.9 | not published
 TABLE
 }
 

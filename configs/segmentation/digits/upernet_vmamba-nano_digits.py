@@ -35,7 +35,11 @@ model = dict(
 )
 
 data_root = "runs/data/digit_scenes_ade/"
-metainfo = dict(classes=("background", *"0123456789"))
+palette = [
+    [40, 40, 40], [230, 25, 75], [60, 180, 75], [255, 225, 25], [0, 130, 200], [245, 130, 48],
+    [145, 30, 180], [70, 240, 240], [240, 50, 230], [170, 110, 40], [250, 190, 212],
+]  # fmt: skip
+metainfo = dict(classes=("background", *"0123456789"), palette=palette)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", reduce_zero_label=True),

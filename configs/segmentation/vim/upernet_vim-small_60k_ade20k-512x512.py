@@ -1,4 +1,4 @@
-"""Vim-S, UPerNet: mIoU 44.9."""
+"""Vim-S, UPerNet."""
 
 _base_ = "./_base_60k.py"
 model = dict(
