@@ -1,6 +1,9 @@
-"""Official weights as a plain .safetensors file: today's names, no prefixes, nothing else in it; no code is run.
+"""What is in a checkpoint, and official weights as a plain .safetensors file: today's names, no prefixes, nothing else.
 
-python analyze/get_ckpt.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny_s1l8.safetensors [--which auto|model|ema]
+python analyze/get_ckpt.py vssm1_tiny_0230s_ckpt_epoch_264.pth                                # tells what it holds
+python analyze/get_ckpt.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny_s1l8.safetensors   # converts it
+
+No code from the file is run. Run and checkpoint folders of this repository are taken, too.
 """
 
 import argparse
@@ -18,10 +21,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from analyze.inputs import weights_file
 from classification.errors import UserError
 from classification.fileio import sync_folder, write_synced
 from ssm_models import CheckpointError
-from ssm_models.checkpoint import describe_difference, find_weights
+from ssm_models.checkpoint import Weights, describe_difference, find_weights
 
 # family: module of the zoo, and a name that only its models have
 _FAMILIES = {
@@ -70,6 +74,11 @@ def _body(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in tensors.items() if _BODY.match(name)}
 
 
+def inspect(source: Path, which: str = "auto") -> str:
+    """An account of the weights in `source`. UserError for an unreadable or refused file, or no such weights."""
+    return _account(_read(source, which))
+
+
 def convert(source: Path, target: Path, which: str = "auto", overwrite: bool = False) -> str:
     """Write the weights of `source` to `target`, completely or not at all; returns an account of it.
 
@@ -80,31 +89,48 @@ def convert(source: Path, target: Path, which: str = "auto", overwrite: bool = F
         raise UserError(f"{target} must end in .safetensors, which is what readers go by")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; --overwrite replaces it")
+    found = _read(source, which)
+    # a copy each, because the format has no tensors that share memory
+    plain = found.recognised.tensors.items()
+    tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in plain}
+    data = save(tensors, metadata={"format": "pt"})
+    _write(target, data)
+    return "\n".join([_account(found), _line("wrote", target), _line("sha256", hashlib.sha256(data).hexdigest())])
+
+
+class _Found(NamedTuple):
+    source: Path
+    weights: Weights
+    recognised: Recognised
+
+
+def _read(source: Path, which: str) -> _Found:
+    source = weights_file(source, "IN") if source.is_dir() else source
     try:
         weights = find_weights(source, which)
     except CheckpointError as error:
         raise UserError(str(error)) from error
-    tensors, family, model = recognise(weights.tensors)
-    # a copy each, because the format has no tensors that share memory
-    tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    data = save(tensors, metadata={"format": "pt"})
-    source_sum = _sha256(source)
-    _write(target, data)
+    return _Found(source, weights, recognise(weights.tensors))
 
+
+def _account(found: _Found) -> str:
+    weights, (tensors, family, model) = found.weights, found.recognised
     parameters = sum(math.prod(value.shape) for name, value in tensors.items() if not _BUFFER.match(name))
     held = f"the file holds {', '.join(weights.entries)}" if weights.entries else "the file is a state dict"
     left_out = f"; left out: {len(weights.beside)} tensors beside the backbone" if weights.beside else ""
     lines = [
-        ("read", source),
-        ("sha256", source_sum),
+        ("read", found.source),
+        ("sha256", _sha256(found.source)),
         ("weights", f"{weights.entry or 'all'} ({held}){left_out}"),
         ("family", family or "unknown"),
         ("model", model or "none of the registered ones; names are those of the file"),
         ("numbers", f"{len(tensors)} tensors, {parameters:,} parameters"),
-        ("wrote", target),
-        ("sha256", hashlib.sha256(data).hexdigest()),
     ]
-    return "\n".join(f"{key:<8} {value}" for key, value in lines)
+    return "\n".join(_line(*line) for line in lines)
+
+
+def _line(key: str, value: object) -> str:
+    return f"{key:<8} {value}"
 
 
 def _write(target: Path, data: bytes) -> None:
@@ -132,15 +158,18 @@ def _sha256(path: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="analyze/get_ckpt.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("source", type=Path, metavar="IN", help="a file of torch.save or a .safetensors file")
-    parser.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("source", type=Path, metavar="IN", help="a file of torch.save, .safetensors, or a run folder")
+    parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the .safetensors file to write, if any")
     parser.add_argument(
         "--which", default="auto", choices=("auto", "model", "ema"), help="auto: the plain weights, else the averaged"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     args = parser.parse_args(argv)
     try:
-        print(convert(args.source, args.target, args.which, args.overwrite))
+        if args.target is None:
+            print(inspect(args.source, args.which))
+        else:
+            print(convert(args.source, args.target, args.which, args.overwrite))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

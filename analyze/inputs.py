@@ -86,6 +86,8 @@ def model_name(name: str | None, checkpoint: Path | None) -> str:
     """`name`, or that of the model in a checkpoint of ours where it is None."""
     if name is not None:
         return name
+    if checkpoint is not None and not checkpoint.exists():
+        raise UserError(f"--checkpoint {checkpoint} does not exist")
     cfg = run_config(checkpoint)
     if cfg is None:
         raise UserError("give --model NAME: only the checkpoints of runs of this repository know their model")
@@ -106,14 +108,14 @@ def run_config(checkpoint: Path | None) -> CN | None:
     return parse_config(read_checkpoint(folder).meta["config"]) if (folder / META).is_file() else None
 
 
-def weights_file(checkpoint: Path) -> Path:
-    """The file that holds the weights of what `load_model` takes."""
+def weights_file(checkpoint: Path, option: str = "--checkpoint") -> Path:
+    """The file that holds the weights of what `load_model` takes; `option` is what the user calls it."""
     folder = _checkpoint_folder(checkpoint)
     if (folder / META).is_file():
         return read_checkpoint(folder).weights_file
     if not folder.is_file():
         raise UserError(
-            f"--checkpoint {checkpoint} is neither a file nor a folder of a finished run or checkpoint; give one of "
+            f"{option} {checkpoint} is neither a file nor a folder of a finished run or checkpoint; give one of "
             "these, a .safetensors or a .pth file"
         )
     return folder

@@ -6,23 +6,33 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
 from ssm_mm.checkpoints import newest_readable, read
 from ssm_mm.data_check import check_data, set_data_root
 from ssm_mm.errors import UsageError
+from ssm_mm.packages import require
+
+_PACKAGES = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
-    """The config in a file, with its modules imported. UsageError for a missing or broken file, or such options."""
-    if not Path(path).is_file():
-        raise UsageError(f"config {path} does not exist: give a file of configs/")
+    """The config in a file, or of a package ("mmdet::swin/..."), with its modules imported. UsageError for a missing or
+    broken file, or such options."""
+    package, _, _ = path.rpartition("::")
+    if package and package not in _PACKAGES:
+        raise UsageError(f"config {path}: {package} is none of {', '.join(_PACKAGES)}")
+    if package:
+        require(_PACKAGES[package])
+    elif not Path(path).is_file():
+        raise UsageError(f"config {path} does not exist: give a file of configs/, or mmdet::FILE of the package's own")
     # mmengine would install missing packages with whatever pip is on the path
     os.environ.setdefault("PIP_REQUIRE_VIRTUALENV", "1")
     try:
-        cfg = Config.fromfile(path)
+        cfg = get_config(path) if package else Config.fromfile(path)
         cfg.merge_from_dict(options or {})
-    except (SyntaxError, KeyError, TypeError, ImportError, FileNotFoundError) as error:
+    except (SyntaxError, KeyError, TypeError, ValueError, ImportError, FileNotFoundError) as error:
         raise UsageError(f"config {path} cannot be read: {error}") from error
     init_default_scope(cfg.get("default_scope", "mmengine"))
     if not torch.cuda.is_available():

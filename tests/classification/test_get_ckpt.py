@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from yacs.config import CfgNode
 
 import ssm_models
@@ -136,3 +136,18 @@ def test_mistakes_are_one_line_and_write_nothing(call, tmp_path):
         status, error, path = call(content, out=out)
         assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and reason in error
         assert not path.exists() and sorted(file.name for file in tmp_path.iterdir()) == ["file", "in.pth"]
+
+
+def test_inspection_writes_nothing(tmp_path, capsys):
+    """Without OUT, the same account; folders of runs are taken as they are."""
+    model = timm.create_model("vmamba_nano")
+    source = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), source)
+    assert get_ckpt.main([str(source)]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["model"] == "vmamba_nano" and told["family"] == "vmamba"
+    assert told["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert told["numbers"] == f"{len(model.state_dict())} tensors, 379,786 parameters"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+    assert get_ckpt.main([str(tmp_path)]) == 2
+    assert f"IN {tmp_path} is neither a file nor a folder of a finished run" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""What is registered in mmdet: found without the other framework, and by configs of the package itself."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet")
+pytestmark = pytest.mark.dense
+
+from mmdet.registry import MODELS  # noqa: E402
+
+import detection.backbone  # noqa: E402, F401
+from ssm_mm.config import read_config  # noqa: E402
+from ssm_mm.errors import UsageError  # noqa: E402
+
+
+def test_mmsegmentation_is_not_needed():
+    code = (
+        "import sys; sys.modules['mmseg'] = None; import detection.backbone; from mmdet.registry import MODELS; "
+        "print(type(MODELS.build(dict(type='SSMBackbone', name='vssd_nano'))).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "DenseVSSD", done.stderr
+
+
+def test_backbone_and_pyramid_of_a_plain_model():
+    arguments = {
+        "if_fpn": False,
+        "patch_size": 16,
+        "stride": 16,
+        "use_residual_as_feature": True,
+        "last_layer_process": "add",
+    }
+    backbone = MODELS.build({"type": "SSMBackbone", "name": "vim_nano", "out_indices": [5], "model_args": arguments})
+    neck = MODELS.build({"type": "SimpleFeaturePyramid", "in_channels": backbone.out_channels, "out_channels": 8})
+    sides = [level.shape[2:] for level in neck(backbone(torch.randn(1, 3, 64, 96)))]
+    assert [tuple(side) for side in sides] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+
+
+def test_configs_of_the_package():
+    cfg = read_config("mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", {"train_cfg.max_epochs": 3})
+    assert cfg.model.backbone.type == "SwinTransformer" and cfg.train_cfg.max_epochs == 3
+    for name, message in {"mmdet::swin/none.py": "none.py", "mmpose::x.py": "mmpose"}.items():
+        with pytest.raises(UsageError, match=message):
+            read_config(name)
