@@ -427,8 +427,11 @@ def test_pyramid_takes_published_synchronised_norms():
         ({"out_indices": (0, 4)}, "out_indices=(0, 4) must name blocks 0..3"),
         ({"out_indices": ()}, "out_indices=() must name blocks 0..3"),
         ({"out_indices": (1, 1)}, "out_indices=(1, 1) names a block twice"),
-        ({"out_indices": (1, 2)}, "four maps of one or four out_indices at stride 16 or 8, not of (1, 2) at stride 16"),
-        ({"patch_size": 4, "stride": 4}, "not of (0, 1, 2, 3) at stride 4; if_fpn=False gives the maps as they are"),
+        (
+            {"out_indices": (1, 2)},
+            "one or four out_indices at stride 16, 8 or 4, not of (1, 2) at stride 16",
+        ),
+        ({"patch_size": 2, "stride": 2}, "not of (0, 1, 2, 3) at stride 2; if_fpn=False gives the maps as they are"),
         ({"last_layer_process": "sum"}, "last_layer_process='sum' is not one of none, add, add & norm"),
         ({"if_cls_token": True}, "multiple values for keyword argument 'if_cls_token'"),
     ],
