@@ -14,6 +14,7 @@ from mmdet.registry import MODELS  # noqa: E402
 import detection.backbone  # noqa: E402, F401
 from ssm_mm.config import read_config  # noqa: E402
 from ssm_mm.errors import UsageError  # noqa: E402
+from ssm_mm.flops import dense_card  # noqa: E402
 
 
 def test_mmsegmentation_is_not_needed():
@@ -37,6 +38,20 @@ def test_backbone_and_pyramid_of_a_plain_model():
     neck = MODELS.build({"type": "SimpleFeaturePyramid", "in_channels": backbone.out_channels, "out_channels": 8})
     sides = [level.shape[2:] for level in neck(backbone(torch.randn(1, 3, 64, 96)))]
     assert [tuple(side) for side in sides] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", 267e9),
+        ("mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py", 262e9),
+    ],
+)
+def test_baselines_of_the_package(name, published):
+    """Swin-T and ConvNeXt-T, with the FLOPs that their authors give at 1280x800."""
+    cfg = read_config(name)
+    cfg.model.backbone.init_cfg = None  # a download
+    assert dense_card(cfg, (800, 1280)).macs == pytest.approx(published, rel=0.01)
 
 
 def test_configs_of_the_package():
