@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by install_dense.sh: prints the path of an mmcv wheel with operators that fits the torch in .venv.
+# Sourced by install_dense.sh and run_tests.sh: adds requirements-dense.txt to .venv, with an mmcv that fits its torch.
 #
 # PyPI has mmcv as a source only, and one build serves one torch minor version, one Python and one kind of device. Built
 # wheels are kept in ${XDG_CACHE_HOME:-~/.cache}/vision-ssm/wheels under such a name. On a machine without a GPU the build

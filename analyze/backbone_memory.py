@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from mmdet.models.backbones import SwinTransformer
 from torch import nn
 
 from analyze.inputs import find_device, run
 from analyze.tp import peak_bytes, write_csv
 from classification.errors import UserError
+from ssm_mm.errors import UsageError
+from ssm_mm.packages import require
 from ssm_models import DenseBackbone
 
 SWIN = "swin_tiny (mmdet)"
@@ -36,7 +37,13 @@ def step_of(backbone: nn.Module, images: torch.Tensor) -> Callable[[], None]:
 
 
 def measure(models: list[str], size: tuple[int, int], device: torch.device) -> list[dict[str, object]]:
-    """A row per backbone, Swin-T last. UserError for a model that the zoo has not."""
+    """A row per backbone, Swin-T last. UserError for a model that the zoo has not, and without mmdet."""
+    try:
+        require("mmdet")
+    except UsageError as error:
+        raise UserError(str(error)) from error
+    from mmdet.models.backbones import SwinTransformer  # not of every installation
+
     images = torch.randn(1, 3, *size, device=device)
     rows = []
     for name in (*models, SWIN):

@@ -63,7 +63,11 @@ def read(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # what torch raises for files that end early, are no zip archives, or hold other objects
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise UsageError(f"checkpoint {path} is damaged or holds code: {str(error).splitlines()[0]}") from error
+        lines = str(error).splitlines() or [type(error).__name__]
+        # among PyTorch's advice, which includes switching safety off, the line that names what was refused
+        marks = ("WeightsUnpickler error", "unsupported GLOBAL")
+        reason = next((line for line in lines if any(mark in line for mark in marks)), lines[0]).strip()
+        raise UsageError(f"checkpoint {path} is damaged or holds code: {reason}") from error
     if not isinstance(content, Mapping):
         raise UsageError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary")
     return dict(content)

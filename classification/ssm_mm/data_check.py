@@ -41,11 +41,17 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
 def set_data_root(cfg: Config, root: str) -> None:
     """Read all data, and the annotations that evaluators read again, from `root`."""
     for split in ("train", "val", "test"):
-        evaluator = cfg.get(f"{split}_evaluator") or {}
         for dataset in _datasets(cfg.get(f"{split}_dataloader")):
             before, dataset.data_root = dataset.get("data_root") or "", root
-            if str(evaluator.get("ann_file", "")).startswith(before):
-                evaluator.ann_file = str(Path(root) / evaluator.ann_file[len(before) :].lstrip("/"))
+            for evaluator in evaluators(cfg, split):
+                if "ann_file" in evaluator and evaluator.ann_file.startswith(before):
+                    evaluator.ann_file = str(Path(root) / evaluator.ann_file[len(before) :].lstrip("/"))
+
+
+def evaluators(cfg: Config, split: str) -> list[ConfigDict]:
+    """Those of "val" or "test": a config may have none, one or a list."""
+    found = cfg.get(f"{split}_evaluator") or []
+    return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
 def _datasets(loader: ConfigDict | None) -> list[ConfigDict]:
@@ -77,7 +83,6 @@ class FitsModel(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._check(runner, runner.train_loop.dataloader.dataset)
-
         if runner.val_loop is not None:
             # now, and not when the first epoch is over
             self._check(runner, runner.val_loop.dataloader.dataset)

@@ -1,4 +1,4 @@
-"""Whether the OpenMMLab packages are there and are those that work together."""
+"""Whether the OpenMMLab packages are there, with the operators of mmcv."""
 
 from importlib import metadata
 

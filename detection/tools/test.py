@@ -24,6 +24,7 @@ def test(argv: list[str] | None) -> None:
     require("mmdet")
     import detection.tta  # noqa: F401  registers; when mmdet has been found
     from ssm_mm.config import testing_config
+    from ssm_mm.data_check import evaluators
     from ssm_mm.training import run_test
 
     parser = command.test_parser("detection/tools/test.py", "Evaluate a detector.", "pickle file for the predictions")
@@ -36,13 +37,14 @@ def test(argv: list[str] | None) -> None:
     if args.out:
         if not args.out.endswith((".pkl", ".pickle")):
             raise UsageError(f"--out {args.out} must end in .pkl")
-        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-        cfg.test_evaluator = [*evaluators, {"type": "DumpDetResults", "out_file_path": args.out}]
+        cfg.test_evaluator = [*evaluators(cfg, "test"), {"type": "DumpDetResults", "out_file_path": args.out}]
     run_test(cfg, args.checkpoint)
 
 
 def add_tta(cfg) -> None:
     """Test both the image and its mirror image, merged by NMS, unless the config has another augmentation."""
+    from ssm_mm.data_check import evaluators
+
     if "tta_pipeline" not in cfg:
         pipeline = copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
         flips = [{"type": "RandomFlip", "prob": 1.0}, {"type": "RandomFlip", "prob": 0.0}]
@@ -51,9 +53,10 @@ def add_tta(cfg) -> None:
         cfg.tta_pipeline = pipeline
     cfg.model = {**cfg.get("tta_model", _TTA_MODEL), "module": cfg.model}
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
-    if "segm" in cfg.test_evaluator.get("metric", ()):
-        print("--tta: boxes alone are evaluated, as masks are not merged")
-        cfg.test_evaluator.metric = ["bbox"]
+    for evaluator in evaluators(cfg, "test"):
+        if "segm" in evaluator.get("metric", ()):
+            print("--tta: boxes alone are evaluated, as masks are not merged")
+            evaluator.metric = ["bbox"]
 
 
 if __name__ == "__main__":
