@@ -15,7 +15,7 @@ if [ -e "$run" ]; then
     mv "$run" "$kept"
     echo "the earlier result is kept in $kept"
 fi
-.venv/bin/python -m classification.data.digits --out runs/data/digits
+.venv/bin/python -m ssm_train.data.digits --out runs/data/digits
 .venv/bin/python classification/main.py \
     --cfg configs/classification/vmamba/vmamba_nano_digits.yaml --data-path runs/data/digits --output "$run"
 .venv/bin/python analyze/predictions.py --run "$run" --data-path runs/data/digits

@@ -1,6 +1,6 @@
 """What is installed, and the build of the compiled operators.
 
-The two libraries are installed always; in an editable install (`-e`) also the script packages of the checkout, so that
+The libraries are installed always; in an editable install (`-e`) also the script packages of the checkout, so that
 scripts and tests find each other from any folder.
 
 SSM_OPS_BUILD=auto|none|cpu|cuda chooses what to compile. "auto" builds the CPU library, and the CUDA library (half a
@@ -20,10 +20,13 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-LIBRARIES = {"ssm_ops": "kernels", "ssm_models": "classification"}
-SCRIPTS = ("classification", "detection", "segmentation", "analyze")
-# of the scripts, but not inside one of them: what detection and segmentation share
-SHARED = {"ssm_mm": "classification"}
+LIBRARIES = {
+    "ssm_ops": "kernels",
+    "ssm_models": "classification",
+    "ssm_train": "classification",
+    "ssm_mm": "classification",
+}
+SCRIPTS = ("detection", "segmentation", "analyze")
 BUILDS = ("auto", "none", "cpu", "cuda")
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 
@@ -36,9 +39,6 @@ for library, where in LIBRARIES.items():
     packages += find_packages(where, include=[library, f"{library}.*"])
 if "editable_wheel" in sys.argv:
     packages += [name for folder in SCRIPTS for name in find_packages(".", include=[folder, f"{folder}.*"])]
-    packages = [name for name in packages if not name.startswith("classification.ssm_")]
-    for library, where in SHARED.items():
-        packages += find_packages(where, include=[library, f"{library}.*"])
 
 
 def cpu_extension() -> Extension:
@@ -133,7 +133,7 @@ extensions += [cuda_extension()] if build == "cuda" or (build == "auto" and want
 
 setup(
     packages=packages,
-    package_dir={library: f"{where}/{library}" for library, where in {**LIBRARIES, **SHARED}.items()},
+    package_dir={library: f"{where}/{library}" for library, where in LIBRARIES.items()},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtensions},
 )

@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from analyze import inputs
 from analyze.attention import sources
-from classification.errors import UserError
 from ssm_models.layers.pos_embed import class_token_rows
 from ssm_models.vim import VisionMamba
 from ssm_models.vssd import VSSD
 from ssm_models.vssm import VSSM
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
 
 _MODEL, _EXAMPLE = "vmamba_nano", "china.jpg"  # without --model and --checkpoint, and without --image
 _MIXERS = ((VSSM, "op"), (VSSD, "attn"), (VisionMamba, "mixer"))  # attributes of their blocks
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("attnmap.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
     args = parser.parse_args(argv)
-    return inputs.run(lambda: attnmap(args))
+    return run(lambda: attnmap(args))
 
 
 if __name__ == "__main__":

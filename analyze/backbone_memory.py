@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from analyze.inputs import find_device, run
+from analyze.inputs import find_device
 from analyze.tp import peak_bytes, write_csv
-from classification.errors import UserError
-from ssm_mm.errors import UsageError
 from ssm_mm.packages import require
 from ssm_models import DenseBackbone
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
 
 SWIN = "swin_tiny (mmdet)"
 _COLUMNS = ("backbone", "height", "width", "parameters", "peak_mib")
@@ -40,7 +40,7 @@ def measure(models: list[str], size: tuple[int, int], device: torch.device) -> l
     """A row per backbone, Swin-T last. UserError for a model that the zoo has not, and without mmdet."""
     try:
         require("mmdet")
-    except UsageError as error:
+    except UserError as error:
         raise UserError(str(error)) from error
     from mmdet.models.backbones import SwinTransformer  # not of every installation
 

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 
 from analyze import inputs
 from analyze.predict import class_names
-from classification.errors import UserError
 from ssm_models import VisionMamba
 from ssm_models.layers.pos_embed import class_token_rows, split_rows
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
 
 
 class OrientedEigenCAM(EigenCAM):
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         save(data, list(images), cams, targets)
         print(args.out, data, sep="\n")
 
-    return inputs.run(command)
+    return run(command)
 
 
 if __name__ == "__main__":

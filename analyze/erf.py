@@ -28,8 +28,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from analyze import inputs
-from classification.data.digits import write_digits
-from classification.errors import UserError
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.data.digits import write_digits
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 _DIGITS = Path("runs/data/digits")  # where quickstart.sh has them, too
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("erf.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
     args = parser.parse_args(argv)
-    return inputs.run(lambda: erf(args))
+    return run(lambda: erf(args))
 
 
 if __name__ == "__main__":

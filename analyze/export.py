@@ -25,8 +25,9 @@ from timm.layers import set_exportable
 from torch import Tensor, nn
 
 from analyze import inputs
-from classification.errors import UserError
-from classification.fileio import write_atomic
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import write_atomic
 
 SUFFIXES = (".onnx", ".pt2")
 BATCHES = (1, 3)  # of the check: one that frameworks like to treat as special, and one other than the traced
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{difference.what:<16} largest difference {difference.largest:.1e}")
             print(path, report, sep="\n")
 
-    return inputs.run(command)
+    return run(command)
 
 
 if __name__ == "__main__":

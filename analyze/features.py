@@ -25,15 +25,16 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode as CN
 
 from analyze import inputs
-from classification.data.build import scan_split
-from classification.data.dataset import Batch, EvalImages, collate
-from classification.data.samplers import Key
-from classification.data.sources import FORMATS, ImageSource
-from classification.data.transforms import Transform
-from classification.defaults import default_config
-from classification.errors import UserError
-from classification.fileio import folder_lock, sync_folder, write_atomic, write_synced
-from classification.preemption import leave_signals_to_trainer
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import folder_lock, sync_folder, write_atomic, write_synced
+from ssm_train.common.preemption import leave_signals_to_trainer
+from ssm_train.config.defaults import default_config
+from ssm_train.data.build import scan_split
+from ssm_train.data.dataset import Batch, EvalImages, collate
+from ssm_train.data.samplers import Key
+from ssm_train.data.sources import FORMATS, ImageSource
+from ssm_train.data.transforms import Transform
 
 MANIFEST = "features.json"
 SPLITS = ("train", "val")
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(path)
         print(args.out / MANIFEST)
 
-    return inputs.run(command)
+    return run(command)
 
 
 def _weights_digest(model: nn.Module) -> str:

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from ssm_models.model_card import ModelCard, macs_by_module, model_card, registered_models
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
 
 LEGEND = """\
 GMACs: 1e9 multiply-accumulates for one image, by the conventions of the papers' counter (fvcore).
@@ -161,21 +163,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tree", type=int, nargs="?", const=2, metavar="DEPTH", help="module by module (to depth 2)")
     parser.add_argument("--csv", type=Path, help="also write the exact numbers to this file")
     args = parser.parse_args(argv)
-    try:
+
+    def command() -> None:
         if args.tree is not None and args.tree < 0:
-            raise ValueError(f"--tree {args.tree} must be at least 0")
-        cards = count(args.models or registered_models(), args.size)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(cards), LEGEND, sep="\n\n")
-    trees = {card.name: tree(card.name, card.input_size, args.tree) for card in cards if args.tree is not None}
-    for name, modules in trees.items():
-        print(f"\n{name}\n{tree_table(modules)}")
-    if args.csv:
-        write_tree_csv(trees, args.csv) if trees else write_csv(cards, args.csv)
-        print(f"\n{args.csv}")
-    return 0
+            raise UserError(f"--tree {args.tree} must be at least 0")
+        try:
+            cards = count(args.models or registered_models(), args.size)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        print(table(cards), LEGEND, sep="\n\n")
+        trees = {card.name: tree(card.name, card.input_size, args.tree) for card in cards if args.tree is not None}
+        for name, modules in trees.items():
+            print(f"\n{name}\n{tree_table(modules)}")
+        if args.csv:
+            write_tree_csv(trees, args.csv) if trees else write_csv(cards, args.csv)
+            print(f"\n{args.csv}")
+
+    return run(command)
 
 
 if __name__ == "__main__":

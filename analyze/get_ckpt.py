@@ -22,10 +22,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from analyze.inputs import weights_file
-from classification.errors import UserError
-from classification.fileio import sync_folder, write_synced
 from ssm_models import CheckpointError
 from ssm_models.checkpoint import Weights, describe_difference, find_weights
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import sync_folder, write_synced
 
 # family: module of the zoo, and a name that only its models have
 _FAMILIES = {
@@ -165,15 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     args = parser.parse_args(argv)
-    try:
+
+    def command() -> None:
         if args.target is None:
             print(inspect(args.source, args.which))
         else:
             print(convert(args.source, args.target, args.which, args.overwrite))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run(command)
 
 
 if __name__ == "__main__":

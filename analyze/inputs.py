@@ -1,11 +1,11 @@
 """What the commands of this folder have in common: models, weights, images and devices as users name them.
 
-Everything that a user can get wrong raises UserError, which `run` turns into one line and exit status 2.
+Everything that a user can get wrong raises UserError.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,28 +19,18 @@ from torch import nn
 from torchvision.transforms import functional as TF
 from yacs.config import CfgNode as CN
 
-from classification.checkpoint import META, read_checkpoint
-from classification.config import parse_config
-from classification.data.sources.decode import UNREADABLE, decode_image
-from classification.data.transforms import Transform, eval_transform
-from classification.errors import UserError
-from classification.model import check_model_name, load_pretrained
 from ssm_models import CheckpointError
 from ssm_models import read_checkpoint as read_weights
+from ssm_train.common.errors import UserError
+from ssm_train.config.load import parse_config
+from ssm_train.data.sources.decode import UNREADABLE, decode_image
+from ssm_train.data.transforms import Transform, eval_transform
+from ssm_train.record.checkpoint import META, read_checkpoint
+from ssm_train.step.model import check_model_name, load_pretrained
 
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-
-
-def run(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit status: 0, or 2 after the one line of a UserError."""
-    try:
-        command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def find_device(name: str) -> torch.device:

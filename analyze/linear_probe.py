@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from analyze import inputs
 from analyze.features import read_features, read_manifest
-from classification.errors import UserError
-from classification.fileio import write_atomic
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import write_atomic
 
 _QUERIES = 512  # images whose neighbours are looked for at once: (queries, n) similarities are in memory
 
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             f"linear {linear.top1:.2f} %, nearest neighbours {knn[best].top1:.2f} % (k = {best})", out, table, sep="\n"
         )
 
-    return inputs.run(command)
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from yacs.config import CfgNode as CN
 
-from classification.config import load_config
-from classification.data.dataset import Batch
-from classification.data.samplers import Key
-from classification.distributed import World
-from classification.engine import Training
-from classification.errors import UserError
-from classification.logger import RunLog
-from classification.preemption import StopRequest
-from classification.start import prepare
-from classification.trainer import Trainer
+from ssm_train.common.command import run
+from ssm_train.common.distributed import World
+from ssm_train.common.preemption import StopRequest
+from ssm_train.config.load import load_config
+from ssm_train.data.dataset import Batch
+from ssm_train.data.samplers import Key
+from ssm_train.record.logger import RunLog
+from ssm_train.start import prepare
+from ssm_train.step.engine import Training
+from ssm_train.trainer import Trainer
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "classification" / "vmamba" / "vmamba_nano_digits.yaml"
 
@@ -117,19 +117,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    try:
+
+    def command() -> None:
         cfg = load_config(args.cfg, None, {"batch_size": args.batch_size, "device": args.device})
         with tempfile.TemporaryDirectory() as folder:
             result = measure(cfg, torch.device(args.device), args.updates, args.repeats, Path(folder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{cfg.MODEL.NAME}, batch {args.batch_size}, {args.device}: bare step {result.bare:.2f} ms, loop "
-        f"{result.loop:.2f} ms; the loop adds {result.difference:.2f} ms ({result.share:.1%}; medians of "
-        f"{args.repeats} pairs of {args.updates} updates)"
-    )
-    return 0
+        print(
+            f"{cfg.MODEL.NAME}, batch {args.batch_size}, {args.device}: bare step {result.bare:.2f} ms, loop "
+            f"{result.loop:.2f} ms; the loop adds {result.difference:.2f} ms ({result.share:.1%}; medians of "
+            f"{args.repeats} pairs of {args.updates} updates)"
+        )
+
+    return run(command)
 
 
 if __name__ == "__main__":

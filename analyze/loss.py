@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analyze.inputs import run
 from analyze.logs import Log, read_log
-from classification.errors import UserError
-from classification.report import Curves, read_curves, save_curves
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.record.report import Curves, read_curves, save_curves
 
 # of Okabe and Ito, told apart by colour-blind readers and in grey
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from analyze import inputs
 from analyze.predictions import Tile, denormalise, draw_sheet
-from classification.data.build import scan_split
-from classification.data.transforms import Transform
-from classification.errors import UserError
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.data.build import scan_split
+from ssm_train.data.transforms import Transform
 
 _BATCH = 32
 _ON_SHEET = 48  # images
@@ -147,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         best = answers[0]
         print(f"{best.image}: {names[best.classes[0]]} {best.probabilities[0]:.1%}", args.out, table, sep="\n")
 
-    return inputs.run(command)
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from yacs.config import CfgNode as CN
 
-from classification.checkpoint import read_checkpoint
-from classification.config import parse_config
-from classification.data.build import scan_split
-from classification.data.dataset import BadImage, load_image
-from classification.data.transforms import eval_transform
-from classification.errors import UserError
-from classification.model import build_model
+from ssm_train.common.errors import UserError
+from ssm_train.config.load import parse_config
+from ssm_train.data.build import scan_split
+from ssm_train.data.dataset import BadImage, load_image
+from ssm_train.data.transforms import eval_transform
+from ssm_train.record.checkpoint import read_checkpoint
+from ssm_train.step.model import build_model
 
 _COLUMNS = 8
 _BATCH = 32

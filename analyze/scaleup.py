@@ -27,7 +27,7 @@ from torch import nn
 from torchvision.transforms import CenterCrop
 from yacs.config import CfgNode as CN
 
-from analyze.inputs import find_device, load_model, run, run_config
+from analyze.inputs import find_device, load_model, run_config
 from analyze.tp import (
     PRECISIONS,
     Result,
@@ -41,14 +41,15 @@ from analyze.tp import (
     size_axis,
     write_csv,
 )
-from classification.data.build import close_workers, eval_loader, scan_split
-from classification.data.dataset import BadImages
-from classification.data.transforms import eval_transform
-from classification.defaults import default_config
-from classification.distributed import World
-from classification.errors import UserError
-from classification.evaluate import Accuracy, validate
-from classification.preemption import StopRequest
+from ssm_train.common.command import run
+from ssm_train.common.distributed import World
+from ssm_train.common.errors import UserError
+from ssm_train.common.preemption import StopRequest
+from ssm_train.config.defaults import default_config
+from ssm_train.data.build import close_workers, eval_loader, scan_split
+from ssm_train.data.dataset import BadImages
+from ssm_train.data.transforms import eval_transform
+from ssm_train.step.evaluate import Accuracy, validate
 
 COLUMNS = (
     "model",

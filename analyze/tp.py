@@ -48,9 +48,10 @@ from rich.progress import Progress
 from torch import nn
 from torch.autograd.profiler import profile
 
-from analyze.inputs import find_device, run
-from classification.errors import UserError
-from classification.model import check_model_name
+from analyze.inputs import find_device
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
+from ssm_train.step.model import check_model_name
 
 SETS = {
     "nano": "vmamba_nano vim_nano vssd_nano",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from classification import main as classifier
-from classification.config import load_config
 from ssm_models.model_card import registered_models
+from ssm_train import cli as classifier
+from ssm_train.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "modelcard.sh"

@@ -12,8 +12,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
-from ssm_mm.errors import UsageError
 from ssm_models.checkpoint import describe_difference
+from ssm_train.common.errors import UserError
 
 _STATISTICS = ("min", "max", "current", "mean")
 _NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
@@ -50,15 +50,15 @@ def allow_mmengine_checkpoints() -> None:
 def _statistic(owner: object, name: str) -> Any:
     """`getattr` for the statistics of HistoryBuffer."""
     if owner is not HistoryBuffer or name not in _STATISTICS:
-        raise UsageError(f"the checkpoint refers to {name!r} of {owner!r}, which is none of a log: it is not trusted")
+        raise UserError(f"the checkpoint refers to {name!r} of {owner!r}, which is none of a log: it is not trusted")
     return inspect.getattr_static(HistoryBuffer, name)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU. UsageError for a missing, damaged or distrusted file."""
+    """The content of a checkpoint, on the CPU. UserError for a missing, damaged or distrusted file."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # what torch raises for files that end early, are no zip archives, or hold other objects
@@ -67,9 +67,9 @@ def read(path: str | Path) -> dict[str, Any]:
         # among PyTorch's advice, which includes switching safety off, the line that names what was refused
         marks = ("WeightsUnpickler error", "unsupported GLOBAL")
         reason = next((line for line in lines if any(mark in line for mark in marks)), lines[0]).strip()
-        raise UsageError(f"checkpoint {path} is damaged or holds code: {reason}") from error
+        raise UserError(f"checkpoint {path} is damaged or holds code: {reason}") from error
     if not isinstance(content, Mapping):
-        raise UsageError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary")
+        raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary")
     return dict(content)
 
 
@@ -79,7 +79,7 @@ def newest_readable(folder: Path) -> Path | None:
     for number in sorted(found, reverse=True):
         try:
             read(found[number])
-        except UsageError as error:
+        except UserError as error:
             print(f"left out: {error}")
         else:
             return found[number]
@@ -87,16 +87,16 @@ def newest_readable(folder: Path) -> Path | None:
 
 
 def load_strictly(model: nn.Module, path: str | Path) -> None:
-    """Load a detector or segmentor. UsageError names the first differing keys."""
+    """Load a detector or segmentor. UserError names the first differing keys."""
     model.load_state_dict(fitting_weights(model, path))
 
 
 def fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
-    """The weights in a file if they are exactly those of `model`, by its names. Else a UsageError."""
+    """The weights in a file if they are exactly those of `model`, by its names. Else a UserError."""
     content = read(path)
     weights = content.get("state_dict", content)
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UsageError(f"checkpoint {path} holds no state_dict, but: {', '.join(map(str, list(content)[:8]))}")
+        raise UserError(f"checkpoint {path} holds no state_dict, but: {', '.join(map(str, list(content)[:8]))}")
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     if hasattr(model.backbone, "convert_state_dict"):
         own = {name: value for name, value in weights.items() if name.startswith("backbone.")}
@@ -106,5 +106,5 @@ def fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
         weights = {**{f"backbone.{name}": value for name, value in converted.items()}, **rest}
     difference = describe_difference(weights, model.state_dict())
     if difference:
-        raise UsageError(f"checkpoint {path} does not fit this {type(model).__name__}: {difference}")
+        raise UserError(f"checkpoint {path} does not fit this {type(model).__name__}: {difference}")
     return weights

@@ -11,29 +11,29 @@ from mmengine.registry import init_default_scope
 
 from ssm_mm.checkpoints import newest_readable, read
 from ssm_mm.data_check import check_data, set_data_root
-from ssm_mm.errors import UsageError
 from ssm_mm.packages import require
+from ssm_train.common.errors import UserError
 
 _PACKAGES = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}
 
 
 def read_config(path: str, options: dict | None = None) -> Config:
-    """The config in a file, or of a package ("mmdet::swin/..."), with its modules imported. UsageError for a missing or
+    """The config in a file, or of a package ("mmdet::swin/..."), with its modules imported. UserError for a missing or
     broken file, or such options."""
     package, _, _ = path.rpartition("::")
     if package and package not in _PACKAGES:
-        raise UsageError(f"config {path}: {package} is none of {', '.join(_PACKAGES)}")
+        raise UserError(f"config {path}: {package} is none of {', '.join(_PACKAGES)}")
     if package:
         require(_PACKAGES[package])
     elif not Path(path).is_file():
-        raise UsageError(f"config {path} does not exist: give a file of configs/, or mmdet::FILE of the package's own")
+        raise UserError(f"config {path} does not exist: give a file of configs/, or mmdet::FILE of the package's own")
     # mmengine would install missing packages with whatever pip is on the path
     os.environ.setdefault("PIP_REQUIRE_VIRTUALENV", "1")
     try:
         cfg = get_config(path) if package else Config.fromfile(path)
         cfg.merge_from_dict(options or {})
     except (SyntaxError, KeyError, TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        raise UsageError(f"config {path} cannot be read: {error}") from error
+        raise UserError(f"config {path} cannot be read: {error}") from error
     init_default_scope(cfg.get("default_scope", "mmengine"))
     if not torch.cuda.is_available():
         _prepare_for_cpu(cfg)
@@ -73,12 +73,12 @@ def _replace_sync_bn(node: object) -> int:
 
 
 def training_config(args: argparse.Namespace) -> Config:
-    """The config of a training: output, precision, start. UsageError before anything is built."""
+    """The config of a training: output, precision, start. UserError before anything is built."""
     cfg = read_config(args.config, args.cfg_options)
     _set_common(cfg, args)
     if args.amp:
         if not torch.cuda.is_available():
-            raise UsageError("--amp: this PyTorch sees no CUDA device, and mmengine's mixed precision needs one")
+            raise UserError("--amp: this PyTorch sees no CUDA device, and mmengine's mixed precision needs one")
         cfg.optim_wrapper.type = "AmpOptimWrapper"
         cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
     cfg.resume = args.resume is not None
@@ -126,9 +126,9 @@ def _check_backbone_weights(cfg: Config, from_scratch: bool) -> None:
         return
     checkpoint = backbone.get("checkpoint")
     if checkpoint is None and not from_scratch:
-        raise UsageError(
+        raise UserError(
             f"the backbone {backbone.name} has no weights: --cfg-options model.backbone.checkpoint=FILE names a "
             "classifier's, --from-scratch trains without"
         )
     if checkpoint is not None and not Path(checkpoint).is_file():
-        raise UsageError(f"model.backbone.checkpoint {checkpoint} does not exist")
+        raise UserError(f"model.backbone.checkpoint {checkpoint} does not exist")

@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from ssm_mm.errors import UsageError
+from ssm_train.common.errors import UserError
 
 _LAYOUTS = {
     "CocoDataset": (
@@ -24,7 +24,7 @@ _LAYOUTS = {
 
 
 def check_data(cfg: Config, splits: Sequence[str]) -> None:
-    """UsageError that names every missing file and folder of the loaders of `splits` ("train", "val", "test")."""
+    """UserError that names every missing file and folder of the loaders of `splits` ("train", "val", "test")."""
     missing: dict[str, None] = {}
     layout = root = ""
     for split in splits:
@@ -35,7 +35,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 layout, root = _LAYOUTS.get(dataset.type, ""), dataset.get("data_root", "")
     if missing:
         expected = f"; {root} must hold {layout}" if layout else ""
-        raise UsageError(f"missing data: {', '.join(missing)}{expected}; --data-root DIR names another place")
+        raise UserError(f"missing data: {', '.join(missing)}{expected}; --data-root DIR names another place")
 
 
 def set_data_root(cfg: Config, root: str) -> None:
@@ -78,7 +78,7 @@ def _is_there(path: Path) -> bool:
 
 
 class FitsModel(Hook):
-    """Stops with a UsageError where classes of the data, of its annotations and of the model's heads differ: the
+    """Stops with a UserError where classes of the data, of its annotations and of the model's heads differ: the
     frameworks would train on no boxes at all, or fail far from the cause."""
 
     def before_train(self, runner: Runner) -> None:
@@ -95,7 +95,7 @@ class FitsModel(Hook):
             dataset = dataset.dataset
         classes = dataset.metainfo["classes"]
         if len(dataset) == 0:
-            raise UsageError(
+            raise UserError(
                 f"the data set in {dataset.data_root} is empty: no image has an annotation of the classes {classes[:5]}"
                 f"{'...' if len(classes) > 5 else ''}"
             )
@@ -106,11 +106,11 @@ class FitsModel(Hook):
 
 
 def check_category_names(dataset: BaseDataset, classes: Sequence[str]) -> None:
-    """COCO annotations must know every class by its name; UsageError names those that they do not."""
+    """COCO annotations must know every class by its name; UserError names those that they do not."""
     if not hasattr(dataset, "cat_ids") or len(dataset.cat_ids) == len(classes):
         return
     known = [dataset.cat2label[number] for number in dataset.cat_ids]
-    raise UsageError(
+    raise UserError(
         f"{dataset.ann_file} has {len(known)} of the {len(classes)} classes of the config "
         f"({', '.join(classes[:5])}...): change metainfo.classes of the data sets"
     )
@@ -118,7 +118,7 @@ def check_category_names(dataset: BaseDataset, classes: Sequence[str]) -> None:
 
 def check_masks(dataset: BaseDataset) -> None:
     """Annotations of an evaluation need masks, if any has one: pycocotools fails on empty ones far from the cause.
-    UsageError names the first."""
+    UserError names the first."""
     if not hasattr(dataset, "cat_ids"):
         return
     instances = [
@@ -126,21 +126,21 @@ def check_masks(dataset: BaseDataset) -> None:
     ]
     empty = [data["img_path"] for data, instance in instances if not instance.get("mask")]
     if empty and len(empty) < len(instances):
-        raise UsageError(
+        raise UserError(
             f"{dataset.ann_file} has {len(empty)} annotations with an empty segmentation, the first of {empty[0]}: "
             "take them out, as they cannot be evaluated"
         )
 
 
 def check_heads(model: nn.Module, classes: int) -> None:
-    """Every head must have as many classes as the data; UsageError names the first that has not."""
+    """Every head must have as many classes as the data; UserError names the first that has not."""
     for name, module in model.named_modules():
         name = name.removeprefix("module.")
         wanted = getattr(module, "num_classes", None)
         # a backbone's own number is that of its classifier, the RPN knows objects only, and "" is the whole model
         if not name or name.startswith("backbone") or name.endswith("rpn_head") or wanted in (None, classes):
             continue
-        raise UsageError(
+        raise UserError(
             f"{name}.num_classes is {wanted}, but the data has {classes} classes: "
             f"--cfg-options model.{name}.num_classes={classes}"
         )

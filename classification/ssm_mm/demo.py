@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, VISUALIZERS
 
 from ssm_mm import checkpoints
 from ssm_mm.config import leave_out_backbone_weights, read_config
-from ssm_mm.errors import UsageError
+from ssm_train.common.errors import UserError
 
 
 def demo_parser(prog: str, what: str) -> argparse.ArgumentParser:
@@ -34,11 +34,11 @@ def draw_predictions(args: argparse.Namespace, **drawing) -> list[Path]:
         drawing: arguments of the framework's visualizer, such as `pred_score_thr` of detectors.
 
     Raises:
-        UsageError: a file that is missing, unreadable or of another model.
+        UserError: a file that is missing, unreadable or of another model.
     """
     missing = [str(path) for path in args.images if not path.is_file()]
     if missing:
-        raise UsageError(f"no such image: {', '.join(missing)}")
+        raise UserError(f"no such image: {', '.join(missing)}")
     checkpoints.allow_mmengine_checkpoints()
     cfg = read_config(args.config)
     leave_out_backbone_weights(cfg)
@@ -62,6 +62,6 @@ def draw_predictions(args: argparse.Namespace, **drawing) -> list[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         picture = cv2.cvtColor(np.ascontiguousarray(visualizer.get_image()), cv2.COLOR_RGB2BGR)
         if not cv2.imwrite(str(out), picture):
-            raise UsageError(f"{out} cannot be written")
+            raise UserError(f"{out} cannot be written")
         written.append(out)
     return written

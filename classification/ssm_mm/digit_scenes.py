@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -26,7 +25,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .errors import UsageError
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
 
 SPLITS = {"train": 400, "val": 80}  # scenes that the command line writes unless told otherwise
 DIGITS = tuple("0123456789")
@@ -202,7 +202,7 @@ def write_scenes(out: Path, layout: str, counts: dict[str, int], write_split: Sp
     """Fill the new folder `out` with `counts` scenes per split; returns whether it had to be written.
 
     It is made aside and renamed, so `out` is complete. One that is there is compared with its manifest (the checksum
-    of every file) and left alone. Raises UsageError for a damaged folder, one with other scenes or something else in
+    of every file) and left alone. Raises UserError for a damaged folder, one with other scenes or something else in
     it, and one that cannot be written.
     """
     asked = {"layout": layout, **counts}
@@ -220,7 +220,7 @@ def write_scenes(out: Path, layout: str, counts: dict[str, int], write_split: Sp
         # replaces an empty folder; fails if somebody else put something there meanwhile
         os.rename(aside, out)
     except OSError as error:
-        raise UsageError(f"cannot write the scenes to {out}: {error.strerror or error}") from error
+        raise UserError(f"cannot write the scenes to {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return True
@@ -235,19 +235,19 @@ def _verify(folder: Path, asked: dict[str, str | int]) -> None:
         manifest = json.loads((folder / _MANIFEST).read_text())
         sums = dict(manifest.pop("files"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(
+        raise UserError(
             f"{folder} is not empty and holds no readable {_MANIFEST}, so it is not ours: choose another --out"
         ) from None
     if manifest != asked:
         held, wanted = (", ".join(f"{key} {value}" for key, value in of.items()) for of in (manifest, asked))
-        raise UsageError(f"{folder} holds {held}, but {wanted} is asked for: choose another --out")
+        raise UserError(f"{folder} holds {held}, but {wanted} is asked for: choose another --out")
     for name, checksum in sums.items():
         path = folder / name
         if not path.is_file() or _checksum(path) != checksum:
-            raise UsageError(f"{path} is missing or was changed: delete {folder} and run this command again")
+            raise UserError(f"{path} is missing or was changed: delete {folder} and run this command again")
 
 
-def run(argv: list[str] | None, prog: str, layout: str, write_split: SplitWriter) -> int:
+def scenes_command(argv: list[str] | None, prog: str, layout: str, write_split: SplitWriter) -> int:
     """Command line of both layouts; returns the exit status."""
     parser = argparse.ArgumentParser(prog=prog, description=f"Write scenes of handwritten digits, {layout} layout.")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
@@ -255,13 +255,12 @@ def run(argv: list[str] | None, prog: str, layout: str, write_split: SplitWriter
         parser.add_argument(f"--{split}", type=int, default=count, help="number of scenes (default: %(default)s)")
     arguments = parser.parse_args(argv)
     counts = {split: getattr(arguments, split) for split in SPLITS}
-    try:
+
+    def command() -> None:
         for split, count in counts.items():
             if count < 1:
-                raise UsageError(f"--{split} {count}: must be at least 1")
+                raise UserError(f"--{split} {count}: must be at least 1")
         written = write_scenes(arguments.out, layout, counts, write_split)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"digit scenes: {arguments.out} " + ("written" if written else "is complete"))
-    return 0
+        print(f"digit scenes: {arguments.out} " + ("written" if written else "is complete"))
+
+    return run(command)

@@ -19,8 +19,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ssm_mm.errors import UsageError
 from ssm_models import model_card
+from ssm_train.common.errors import UserError
 
 PROPOSALS, MASKS = 1000, 100
 
@@ -98,22 +98,22 @@ def dense_card(cfg: Config, image: tuple[int, int]) -> DenseCard:
         image: (height, width), padded as the model's data preprocessor does: multiples of 32 for detectors.
 
     Raises:
-        UsageError: a model that is neither a two-stage detector nor an encoder-decoder, or an image that is too small.
+        UserError: a model that is neither a two-stage detector nor an encoder-decoder, or an image that is too small.
     """
     if min(image) < 1:
-        raise UsageError(f"an image of {image[1]}x{image[0]} pixels has no area")
+        raise UserError(f"an image of {image[1]}x{image[0]} pixels has no area")
     # others are built in memory: Swin, for one, reads numbers from tensors
     with torch.device("meta" if cfg.model.backbone.type == "SSMBackbone" else "cpu"):
         # building changes the config
         model = MODELS.build(copy.deepcopy(cfg.model)).to("meta").eval()
     heads = _detector_heads if hasattr(model, "roi_head") else _segmentor_heads
     if not hasattr(model, "roi_head") and not hasattr(model, "decode_head"):
-        raise UsageError(f"{type(model).__name__} has neither roi_head nor decode_head: its cost cannot be counted")
+        raise UserError(f"{type(model).__name__} has neither roi_head nor decode_head: its cost cannot be counted")
     try:
         backbone, maps = _count_backbone(model.backbone, image)
         costs = {"backbone": backbone, **heads(model, maps)}
     except RuntimeError as error:
-        raise UsageError(f"an image of {image[1]}x{image[0]} cannot be counted: {error}") from error
+        raise UserError(f"an image of {image[1]}x{image[0]} cannot be counted: {error}") from error
     parts = [Part(name, _parameters(child), costs.get(name, 0)) for name, child in model.named_children()]
     return DenseCard(tuple(image), tuple(part for part in parts if part.parameters or part.macs))
 

@@ -4,17 +4,17 @@ import cv2
 import mmcv.transforms
 from mmengine.fileio import get
 
-from ssm_mm.errors import UsageError
+from ssm_train.common.errors import UserError
 
 
 class LoadImageFromFile(mmcv.transforms.LoadImageFromFile):
-    """Grey, alpha, palette and 16-bit files become 8-bit BGR, as OpenCV does. UsageError for what is no image."""
+    """Grey, alpha, palette and 16-bit files become 8-bit BGR, as OpenCV does. UserError for what is no image."""
 
     def transform(self, results: dict) -> dict | None:
         try:
             return super().transform(results)
         except (cv2.error, AssertionError, OSError) as error:
-            raise UsageError(_reason(results["img_path"])) from error
+            raise UserError(_reason(results["img_path"])) from error
 
 
 def _reason(path: str) -> str:

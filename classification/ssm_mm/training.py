@@ -15,8 +15,8 @@ from torch import nn
 from ssm_mm.checkpoints import allow_mmengine_checkpoints, fitting_weights, load_strictly
 from ssm_mm.config import training_config
 from ssm_mm.data_check import FitsModel
-from ssm_mm.errors import UsageError
 from ssm_mm.profile import StepProfile, prepare_profile
+from ssm_train.common.errors import UserError
 
 
 def run_training(args: argparse.Namespace) -> None:
@@ -41,14 +41,14 @@ def run_training(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def joined_processes(launcher: str) -> Iterator[None]:
     """Connect CPU processes, which mmengine cannot: it asks for a CUDA device whatever the backend. GPU processes are
-    left to it. UsageError for another launcher than torchrun."""
+    left to it. UserError for another launcher than torchrun."""
     if launcher == "none" or torch.cuda.is_available():
         yield
         return
     if launcher != "pytorch":
-        raise UsageError(f"--launcher {launcher} needs GPUs; CPU processes are connected by --launcher pytorch")
+        raise UserError(f"--launcher {launcher} needs GPUs; CPU processes are connected by --launcher pytorch")
     if "RANK" not in os.environ:
-        raise UsageError("--launcher pytorch, but no launcher is there: start with dist_train.sh or dist_test.sh")
+        raise UserError("--launcher pytorch, but no launcher is there: start with dist_train.sh or dist_test.sh")
     dist.init_process_group("gloo")
     yield
     dist.barrier()
@@ -65,7 +65,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def run_test(cfg: Config, checkpoint: str) -> dict[str, float]:
-    """Evaluate `checkpoint` with a config of `testing_config`; returns the metrics. UsageError if it does not fit."""
+    """Evaluate `checkpoint` with a config of `testing_config`; returns the metrics. UserError if it does not fit."""
     allow_mmengine_checkpoints()
     with joined_processes(cfg.launcher):
         runner = Runner.from_cfg(cfg)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssm_mm.digit_scenes import DIGITS, Instance, Scene, box_of, run
+from ssm_mm.digit_scenes import DIGITS, Instance, Scene, box_of, scenes_command
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
@@ -60,7 +60,7 @@ def write_split(folder: Path, split: str, scenes: Iterator[Scene]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return run(argv, "python -m detection.data.digit_scenes", "COCO", write_split)
+    return scenes_command(argv, "python -m detection.data.digit_scenes", "COCO", write_split)
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@ python detection/tools/image_demo.py IMAGE ... --config CONFIG --checkpoint FILE
 
 import sys
 
-from ssm_mm import command
 from ssm_mm.packages import require
+from ssm_train.common.command import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return command.run(lambda: demo(argv))
+    return run(lambda: demo(argv))
 
 
 def demo(argv: list[str] | None) -> None:
-    """Raises UsageError."""
+    """Raises UserError."""
     require("mmdet")
     from ssm_mm.demo import demo_parser, draw_predictions  # when mmengine has been found
 

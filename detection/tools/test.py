@@ -6,9 +6,10 @@ python detection/tools/test.py CONFIG CHECKPOINT [--tta] [--out predictions.pkl]
 import copy
 import sys
 
-from ssm_mm import command
-from ssm_mm.errors import UsageError
+from ssm_mm import arguments
 from ssm_mm.packages import require
+from ssm_train.common.command import run
+from ssm_train.common.errors import UserError
 
 _TTA_MODEL = {"type": "BoxTTAModel", "tta_cfg": {"nms": {"type": "nms", "iou_threshold": 0.5}, "max_per_img": 100}}
 _META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
@@ -16,19 +17,19 @@ _META_KEYS = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "f
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return command.run(lambda: test(argv))
+    return run(lambda: test(argv))
 
 
 def test(argv: list[str] | None) -> None:
-    """Raises UsageError."""
+    """Raises UserError."""
     require("mmdet")
     import detection.tta  # noqa: F401  registers; when mmdet has been found
     from ssm_mm.config import testing_config
     from ssm_mm.data_check import evaluators
     from ssm_mm.training import run_test
 
-    parser = command.test_parser("detection/tools/test.py", "Evaluate a detector.", "pickle file for the predictions")
-    args = command.parse(parser, argv)
+    parser = arguments.test_parser("detection/tools/test.py", "Evaluate a detector.", "pickle file for the predictions")
+    args = arguments.parse(parser, argv)
     cfg = testing_config(args)
     if args.show_dir:
         cfg.default_hooks.visualization.test_out_dir = args.show_dir
@@ -36,7 +37,7 @@ def test(argv: list[str] | None) -> None:
         add_tta(cfg)
     if args.out:
         if not args.out.endswith((".pkl", ".pickle")):
-            raise UsageError(f"--out {args.out} must end in .pkl")
+            raise UserError(f"--out {args.out} must end in .pkl")
         cfg.test_evaluator = [*evaluators(cfg, "test"), {"type": "DumpDetResults", "out_file_path": args.out}]
     run_test(cfg, args.checkpoint)
 

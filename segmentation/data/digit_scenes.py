@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssm_mm.digit_scenes import Scene, run
+from ssm_mm.digit_scenes import Scene, scenes_command
 
 _FOLDERS = {"train": "training", "val": "validation"}
 _BACKGROUND, _FIRST_DIGIT = 1, 2
@@ -45,7 +45,7 @@ def write_split(folder: Path, split: str, scenes: Iterator[Scene]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return run(argv, "python -m segmentation.data.digit_scenes", "ADE20K", write_split)
+    return scenes_command(argv, "python -m segmentation.data.digit_scenes", "ADE20K", write_split)
 
 
 if __name__ == "__main__":

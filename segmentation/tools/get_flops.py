@@ -6,17 +6,17 @@ python segmentation/tools/get_flops.py CONFIG [--shape 2048 512]
 import argparse
 import sys
 
-from ssm_mm import command
 from ssm_mm.packages import require
+from ssm_train.common.command import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return command.run(lambda: get_flops(argv))
+    return run(lambda: get_flops(argv))
 
 
 def get_flops(argv: list[str] | None) -> None:
-    """Raises UsageError."""
+    """Raises UserError."""
     require("mmsegmentation")
     from ssm_mm.config import read_config  # when mmengine has been found
     from ssm_mm.flops import dense_card

@@ -5,23 +5,26 @@ python segmentation/tools/test.py CONFIG CHECKPOINT [--tta] [--out FOLDER] [--sh
 
 import sys
 
-from ssm_mm import command
+from ssm_mm import arguments
 from ssm_mm.packages import require
+from ssm_train.common.command import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return command.run(lambda: test(argv))
+    return run(lambda: test(argv))
 
 
 def test(argv: list[str] | None) -> None:
-    """Raises UsageError."""
+    """Raises UserError."""
     require("mmsegmentation")
     from ssm_mm.config import testing_config  # when mmengine has been found
     from ssm_mm.training import run_test
 
-    parser = command.test_parser("segmentation/tools/test.py", "Evaluate a segmentor.", "folder for the predicted maps")
-    args = command.parse(parser, argv)
+    parser = arguments.test_parser(
+        "segmentation/tools/test.py", "Evaluate a segmentor.", "folder for the predicted maps"
+    )
+    args = arguments.parse(parser, argv)
     cfg = testing_config(args)
     if args.show_dir:
         cfg.visualizer.save_dir = args.show_dir

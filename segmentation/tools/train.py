@@ -5,22 +5,23 @@ python segmentation/tools/train.py CONFIG --cfg-options model.backbone.checkpoin
 
 import sys
 
-from ssm_mm import command
+from ssm_mm import arguments
 from ssm_mm.packages import require
+from ssm_train.common.command import run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return command.run(lambda: train(argv))
+    return run(lambda: train(argv))
 
 
 def train(argv: list[str] | None) -> None:
-    """Raises UsageError."""
+    """Raises UserError."""
     require("mmsegmentation")
     from ssm_mm.training import run_training  # when mmengine has been found
 
-    parser = command.train_parser("segmentation/tools/train.py", "Train a segmentor.")
-    run_training(command.parse(parser, argv))
+    parser = arguments.train_parser("segmentation/tools/train.py", "Train a segmentor.")
+    run_training(arguments.parse(parser, argv))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import nn
 
 from analyze import cam
 from analyze.inputs import build_model
-from classification.errors import UserError
+from ssm_train.common.errors import UserError
 
 SIZE = (48, 32)
 

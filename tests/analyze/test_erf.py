@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from analyze import erf
-from classification.errors import UserError
+from ssm_train.common.errors import UserError
 
 
 def convolutions(depth: int, kernel: np.ndarray, channels: int = 2) -> nn.Sequential:

@@ -12,7 +12,7 @@ from timm.layers import set_exportable
 from torch import nn
 
 from analyze import export
-from classification.errors import UserError
+from ssm_train.common.errors import UserError
 
 SMALL = {
     "vmamba_nano": {"depths": (1,), "dims": 8},

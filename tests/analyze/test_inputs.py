@@ -8,10 +8,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from analyze import inputs
-from classification.checkpoint import CheckpointStore, Position
-from classification.data.transforms import eval_transform
-from classification.defaults import default_config
-from classification.errors import UserError
+from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import default_config
+from ssm_train.data.transforms import eval_transform
+from ssm_train.record.checkpoint import CheckpointStore, Position
 
 KWARGS = {"depths": [1, 1], "dims": 8}
 

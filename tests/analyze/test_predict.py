@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from analyze import predict
-from classification.defaults import default_config
-from classification.errors import UserError
+from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import default_config
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from analyze import scaleup
-from classification.defaults import default_config
+from ssm_train.config.defaults import default_config
 
 COLORS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 COUNTS = {"blue": 2, "green": 3, "red": 5}

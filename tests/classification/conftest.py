@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from classification.main import main
+from ssm_train.cli import main
 
 MAIN = Path(__file__).parents[2] / "classification" / "main.py"
 
@@ -86,7 +86,7 @@ def cli(tiny_cfg, capsys, monkeypatch):
 
     Without drawing the curves, which takes longer than such a run.
     """
-    monkeypatch.setattr("classification.report.save_curves", lambda *_: None)
+    monkeypatch.setattr("ssm_train.record.report.save_curves", lambda *_: None)
 
     def call(*arguments: object, cfg: Path = tiny_cfg) -> Outcome:
         capsys.readouterr()

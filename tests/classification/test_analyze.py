@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from analyze import loss, predictions
-from classification.report import read_curves, write_report
+from ssm_train.record.report import read_curves, write_report
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_predictions(run, image_tree, capsys):
 
 def test_predictions_are_those_of_the_recorded_weights(run):
     """All images of the sheet together give the recorded top-1, so the right weights were drawn."""
-    from classification.config import parse_config
+    from ssm_train.config.load import parse_config
 
     metrics = json.loads((run / "metrics.json").read_text())
     weights, text = predictions.best_weights(run)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from classification import main as main_module
+from ssm_train import cli as main_module
 
 
 @pytest.fixture

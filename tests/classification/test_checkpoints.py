@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from classification.checkpoint import CheckpointStore, Position, read_checkpoint
-from classification.errors import UserError
+from ssm_train.common.errors import UserError
+from ssm_train.record.checkpoint import CheckpointStore, Position, read_checkpoint
 
 # everything random that training has, so that a resumed run must find each stream again
 RANDOM = ["AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.REPROB", "0.5", "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from classification.config import FLAG_KEYS, load_config, model_differences, parse_config
-from classification.defaults import default_config
-from classification.errors import UserError
+from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import default_config
+from ssm_train.config.load import FLAG_KEYS, load_config, model_differences, parse_config
 
 
 def write(path: Path, content: dict) -> str:

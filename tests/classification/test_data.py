@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from classification.config import load_config
-from classification.data.build import close_workers, eval_loader, scan_split, train_loader
-from classification.data.dataset import BadImage, BadImages, TrainImages, allowed_bad
-from classification.data.digits import main as digits_main
-from classification.data.digits import split_digits
-from classification.data.samplers import EvalBatches, Key, TrainBatches
-from classification.data.transforms import eval_transform, train_transform
-from classification.distributed import World
-from classification.errors import UserError
-from classification.seeding import epoch_order
+from ssm_train.common.distributed import World
+from ssm_train.common.errors import UserError
+from ssm_train.common.seeding import epoch_order
+from ssm_train.config.load import load_config
+from ssm_train.data.build import close_workers, eval_loader, scan_split, train_loader
+from ssm_train.data.dataset import BadImage, BadImages, TrainImages, allowed_bad
+from ssm_train.data.digits import main as digits_main
+from ssm_train.data.digits import split_digits
+from ssm_train.data.samplers import EvalBatches, Key, TrainBatches
+from ssm_train.data.transforms import eval_transform, train_transform
 
 CPU = World(0, 1, torch.device("cpu"))
 AUGMENTED = "AUG.HFLIP 0.5 AUG.AUTO_AUGMENT rand-m9-mstd0.5-inc1 AUG.REPROB 0.5 TRAIN.EPOCHS 3"

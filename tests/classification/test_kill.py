@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from classification.checkpoint import CheckpointStore, Position
-from classification.fileio import folder_lock
-from classification.main import main
+from ssm_train.cli import main
+from ssm_train.common.fileio import folder_lock
+from ssm_train.record.checkpoint import CheckpointStore, Position
 
 MAIN = Path(main.__code__.co_filename)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -26,7 +26,7 @@ EPOCHS = 150
 def fork():
     """Start `main(arguments)` in a process of its own within milliseconds: everything is imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["classification.main"])
+    context.set_forkserver_preload(["ssm_train.cli"])
     os.environ["OMP_NUM_THREADS"] = "1"
     # the first child waits for the imports
     first = context.Process(target=int)
@@ -150,8 +150,8 @@ def test_preemption_of_one_rank_stops_both(tiny_cfg, tmp_path):
 KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path
-from classification import trainer
-from classification.main import main
+from ssm_train import trainer
+from ssm_train.cli import main
 
 original = trainer.take_update
 

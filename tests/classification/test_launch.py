@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from classification.main import parse_args
+from ssm_train.cli import parse_args
 
 ROOT = Path(__file__).parents[2]
 MAIN = ROOT / "classification" / "main.py"

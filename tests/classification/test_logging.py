@@ -15,13 +15,15 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from classification import fileio, logger, progress
-from classification.defaults import default_config
-from classification.distributed import World
-from classification.errors import UserError
-from classification.logger import RunLog, entries_until, read_entries, train_means
-from classification.preemption import Preempted
-from classification.progress import Progress
+from ssm_train.common import fileio, machine
+from ssm_train.common.distributed import World
+from ssm_train.common.errors import UserError
+from ssm_train.common.preemption import Preempted
+from ssm_train.config.defaults import default_config
+from ssm_train.record import progress
+from ssm_train.record.logger import RunLog
+from ssm_train.record.progress import Progress
+from ssm_train.record.series import entries_until, read_entries, train_means
 
 MAIN, OTHER = World(0, 2, torch.device("cpu")), World(1, 2, torch.device("cpu"))
 
@@ -265,7 +267,7 @@ def test_wandb_missing_or_refusing(folder, wandb, monkeypatch):
     def refuse(**arguments):
         raise wandb.Error("api_key not configured")
 
-    handlers = list(logging.getLogger("classification").handlers)
+    handlers = list(logging.getLogger("ssm_train").handlers)
     monkeypatch.setattr(wandb, "init", refuse)
     with (
         pytest.raises(UserError, match="'vision' .api_key not configured.*wandb login.*offline"),
@@ -275,20 +277,20 @@ def test_wandb_missing_or_refusing(folder, wandb, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="WANDB names the project 'vision'.*pip install wandb"):
         RunLog(True, "vision")
-    assert logging.getLogger("classification").handlers == handlers
+    assert logging.getLogger("ssm_train").handlers == handlers
 
 
 def test_versions_tell_the_commit(monkeypatch, tmp_path):
-    found = logger.versions()
+    found = machine.versions()
     assert {"python", "torch", "timm"} <= set(found)
-    root = Path(logger.__file__).parent.parent
+    root = Path(machine.__file__).parents[3]
     if (root / ".git").exists() and "commit" in found:
         assert len(found["commit"].removesuffix("-dirty")) == 40
     # an installed copy knows none, whatever repository may lie around it
-    logger._commit.cache_clear()
-    monkeypatch.setattr(logger, "__file__", str(tmp_path / "classification/logger.py"))
-    assert "commit" not in logger.versions()
-    logger._commit.cache_clear()
+    machine._commit.cache_clear()
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "classification/machine.py"))
+    assert "commit" not in machine.versions()
+    machine._commit.cache_clear()
 
 
 LINE = "epoch 2/3 [20/50] loss 1.5000 lr 0.02 grad 2.00 100 img/s data 7% eta 1:01:01 mem 10 MB"
@@ -323,7 +325,7 @@ def test_bar_on_a_terminal(cfg, tmp_path):
         assert "20/50" in drawn and "epoch 2/3" in drawn and "loss 1.5000 100 img/s data 7% eta 1:01:01" in drawn
         # the bar shows it already
         assert LINE not in drawn
-        logging.getLogger("classification.test").warning("a [bold]message[/bold]")
+        logging.getLogger("ssm_train.test").warning("a [bold]message[/bold]")
         above, _, below = out.getvalue()[len(drawn) :].partition("a [bold]message[/bold]")
         # the bar's line is erased, the message has its own line, and the bar comes again below
         assert above.endswith("\x1b[2K") and below.startswith("\n") and "20/50" in below

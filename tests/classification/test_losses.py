@@ -7,10 +7,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from classification.checkpoint import CheckpointStore, Position
-from classification.defaults import default_config
-from classification.errors import UserError
-from classification.losses import (
+from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import default_config
+from ssm_train.record.checkpoint import CheckpointStore, Position
+from ssm_train.step.losses import (
     Criterion,
     build_criterion,
     cosub,

@@ -8,10 +8,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from classification import trainer
-from classification.checkpoint import Position
-from classification.errors import UserError
-from classification.guard import Guard
+from ssm_train import trainer
+from ssm_train.common.errors import UserError
+from ssm_train.record.checkpoint import Position
+from ssm_train.record.guard import Guard
 
 OPTIONS = ["--opts", "TRAIN.SAVE_UPDATES", 2, "TRAIN.KEEP_CHECKPOINTS", 99, "TRAIN.MAX_NONFINITE", 1]
 
@@ -156,8 +156,8 @@ def test_counts():
 
 SPOILED_RANK = """
 import os, sys
-from classification import trainer
-from classification.main import main
+from ssm_train import trainer
+from ssm_train.cli import main
 
 original, seen = trainer.training_loss, []
 

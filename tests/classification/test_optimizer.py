@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 import ssm_models  # noqa: F401
-from classification.defaults import default_config
-from classification.errors import UserError
-from classification.lr_scheduler import Rates, build_schedule, resolve_rates
-from classification.model import freeze, set_train_mode
-from classification.optimizer import build_optimizer, decay_counts, load_state_by_name, state_by_name
+from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import default_config
+from ssm_train.step.model import freeze, set_train_mode
+from ssm_train.step.optimizer import build_optimizer, decay_counts
+from ssm_train.step.schedule import Rates, build_schedule, resolve_rates
+from ssm_train.step.state import load_optimizer_state, optimizer_state
 
 NANOS = ("vmamba_nano", "vim_nano", "vssd_nano")
 M0 = {"forward_type": "m0_noz", "ssm_d_state": 4, "norm_layer": "ln", "ssm_init": "v2"}
@@ -176,12 +177,14 @@ def test_state_travels_by_name_also_with_frozen_parts(keys, entries):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for _ in range(2):
         update(model, optimizer)
-    saved = {name: {k: v.clone() for k, v in state.items()} for name, state in state_by_name(model, optimizer).items()}
+    saved = {
+        name: {k: v.clone() for k, v in state.items()} for name, state in optimizer_state(model, optimizer).items()
+    }
     assert set(saved) == (trained if entries else set())
     assert all(set(state) == entries for state in saved.values())
     other, other_optimizer = start()
     other.load_state_dict(model.state_dict())
-    load_state_by_name(other, other_optimizer, saved)
+    load_optimizer_state(other, other_optimizer, saved)
     update(model, optimizer)
     update(other, other_optimizer)
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):

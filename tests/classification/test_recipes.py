@@ -11,11 +11,11 @@ from timm.layers import DropPath
 from torch import nn
 
 import ssm_models
-from classification.config import FLAG_KEYS, load_config
-from classification.lr_scheduler import build_schedule, resolve_rates
-from classification.main import parse_args
-from classification.model import build_model
 from ssm_models.upstream.vmamba_variants import FURTHER_VARIANTS
+from ssm_train.cli import parse_args
+from ssm_train.config.load import FLAG_KEYS, load_config
+from ssm_train.step.model import build_model
+from ssm_train.step.schedule import build_schedule, resolve_rates
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "classification"

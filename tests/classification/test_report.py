@@ -6,10 +6,10 @@ import math
 import pytest
 from PIL import Image
 
-from classification import report
-from classification.defaults import default_config
-from classification.logger import RunLog
-from classification.report import curves, draw, read_curves, write_report
+from ssm_train.config.defaults import default_config
+from ssm_train.record import report
+from ssm_train.record.logger import RunLog
+from ssm_train.record.report import curves, draw, read_curves, write_report
 
 
 def train_entry(epoch, iteration, update, **more):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from classification.checkpoint import Position
+from ssm_train.record.checkpoint import Position
 
 # everything random that training has, so that a resumed run must find each stream again; saving every 2 of 5 updates
 RANDOM = ["AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.REPROB", "0.5", "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"]

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from classification.config import load_config
-from classification.data.build import check_same_classes, eval_loader, scan_split, train_loader
-from classification.data.dataset import BadImage, TrainImages, load_image
-from classification.data.sources import FORMATS, cached
-from classification.data.sources.decode import decode_image
-from classification.data.transforms import train_transform
-from classification.distributed import World
-from classification.errors import UserError
+from ssm_train.common.distributed import World
+from ssm_train.common.errors import UserError
+from ssm_train.config.load import load_config
+from ssm_train.data.build import check_same_classes, eval_loader, scan_split, train_loader
+from ssm_train.data.dataset import BadImage, TrainImages, load_image
+from ssm_train.data.sources import FORMATS, cached
+from ssm_train.data.sources.decode import decode_image
+from ssm_train.data.transforms import train_transform
 from tests.classification.formats import (
     SPLITS,
     WRITERS,
@@ -554,6 +554,6 @@ def test_members_that_unpack_to_more_than_they_say(config, image_tree, tmp_path,
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
-    monkeypatch.setattr("classification.data.sources.base._LARGEST_IMAGE_BYTES", 99)
+    monkeypatch.setattr("ssm_train.data.sources.base._LARGEST_IMAGE_BYTES", 99)
     assert "bytes are no image" in load_image(source, 21).reason
     assert "bytes are no image" in load_image(scan_split(config("folder", image_tree), "train"), 0).reason

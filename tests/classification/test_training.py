@@ -10,20 +10,21 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from classification import trainer
-from classification.config import load_config
-from classification.data.dataset import BadImages, Batch
-from classification.data.samplers import Key
-from classification.data.transforms import build_mixup
-from classification.distributed import World
-from classification.engine import take_update, training_loss
-from classification.errors import UserError
-from classification.evaluate import Accuracy, Interrupted, validate
-from classification.lr_scheduler import Rates, build_schedule, resolve_rates
-from classification.optimizer import build_optimizer, decay_counts, load_state_by_name, state_by_name
-from classification.preemption import StopRequest
-from classification.results import Results, better_weights, training_metrics
-from classification.start import prepare
+from ssm_train import trainer
+from ssm_train.common.distributed import World
+from ssm_train.common.errors import UserError
+from ssm_train.common.preemption import StopRequest
+from ssm_train.config.load import load_config
+from ssm_train.data.dataset import BadImages, Batch
+from ssm_train.data.samplers import Key
+from ssm_train.data.transforms import build_mixup
+from ssm_train.record.results import Results, better_weights, training_metrics
+from ssm_train.start import prepare
+from ssm_train.step.engine import take_update, training_loss
+from ssm_train.step.evaluate import Accuracy, Interrupted, validate
+from ssm_train.step.optimizer import build_optimizer, decay_counts
+from ssm_train.step.schedule import Rates, build_schedule, resolve_rates
+from ssm_train.step.state import load_optimizer_state, optimizer_state
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -104,13 +105,13 @@ def test_optimizer_state_travels_by_name(make):
     for _ in range(2):
         training_loss(first, images, targets).backward()
         update(first)
-    saved = state_by_name(first.network, first.optimizer)
+    saved = optimizer_state(first.network, first.optimizer)
     assert set(saved) == {name for name, _ in first.network.named_parameters()}
     _, second = make()
     # other groups, other order
     optimizer = torch.optim.AdamW(list(second.network.parameters())[::-1], lr=0.5, weight_decay=0.25, fused=True)
-    load_state_by_name(second.network, optimizer, saved)
-    restored = state_by_name(second.network, optimizer)
+    load_optimizer_state(second.network, optimizer, saved)
+    restored = optimizer_state(second.network, optimizer)
     for name, state in saved.items():
         for key, value in state.items():
             assert torch.equal(value, restored[name][key]), (name, key)

@@ -11,8 +11,8 @@ from timm.data.auto_augment import AutoAugment
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from classification.data.transforms import eval_transform, train_transform
-from classification.defaults import default_config
+from ssm_train.config.defaults import default_config
+from ssm_train.data.transforms import eval_transform, train_transform
 
 BICUBIC = InterpolationMode.BICUBIC
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

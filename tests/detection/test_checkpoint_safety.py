@@ -11,7 +11,7 @@ pytestmark = pytest.mark.dense
 from mmengine.logging import HistoryBuffer  # noqa: E402
 
 from ssm_mm.checkpoints import allow_mmengine_checkpoints, read  # noqa: E402
-from ssm_mm.errors import UsageError  # noqa: E402
+from ssm_train.common.errors import UserError  # noqa: E402
 
 
 class Call:
@@ -43,6 +43,6 @@ def test_the_curves_of_a_log_are_read(tmp_path):
 def test_other_code_is_refused_and_not_run(call, named, tmp_path):
     allow_mmengine_checkpoints()
     torch.save({"state_dict": {}, "extra": call(tmp_path / "made")}, tmp_path / "epoch_1.pth")
-    with pytest.raises(UsageError, match=named):
+    with pytest.raises(UserError, match=named):
         read(tmp_path / "epoch_1.pth")
     assert not (tmp_path / "made").exists()

@@ -16,9 +16,9 @@ from mmengine.registry import MODELS
 
 from detection.tools.get_flops import main
 from ssm_mm.config import read_config
-from ssm_mm.errors import UsageError
 from ssm_mm.flops import dense_card
 from ssm_mm.layer_decay import layer_of
+from ssm_train.common.errors import UserError
 
 pytestmark = pytest.mark.dense
 
@@ -247,5 +247,5 @@ def test_other_detectors_are_not_counted():
     import mmdet
 
     cfg = read_config(str(Path(mmdet.__file__).parent / ".mim/configs/retinanet/retinanet_r18_fpn_1x_coco.py"))
-    with pytest.raises(UsageError, match="RetinaNet has neither"):
+    with pytest.raises(UserError, match="RetinaNet has neither"):
         dense_card(cfg, IMAGE)

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from classification.data.digits import split_digits
 from detection.data.digit_scenes import main, run_lengths
 from ssm_mm import digit_scenes
 from ssm_mm.digit_scenes import DIGITS, FEWEST, MIN_VISIBLE, MOST, Choices, Instance, box_of, make_scene, scans_of
+from ssm_train.data.digits import split_digits
 
 COUNTS = {"train": 6, "val": 4}
 ARGUMENTS = [f"--{split}={count}" for split, count in COUNTS.items()]

@@ -13,8 +13,8 @@ from mmdet.registry import MODELS  # noqa: E402
 
 import detection.backbone  # noqa: E402, F401
 from ssm_mm.config import read_config  # noqa: E402
-from ssm_mm.errors import UsageError  # noqa: E402
 from ssm_mm.flops import dense_card  # noqa: E402
+from ssm_train.common.errors import UserError  # noqa: E402
 
 
 def test_mmsegmentation_is_not_needed():
@@ -58,5 +58,5 @@ def test_configs_of_the_package():
     cfg = read_config("mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", {"train_cfg.max_epochs": 3})
     assert cfg.model.backbone.type == "SwinTransformer" and cfg.train_cfg.max_epochs == 3
     for name, message in {"mmdet::swin/none.py": "none.py", "mmpose::x.py": "mmpose"}.items():
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UserError, match=message):
             read_config(name)

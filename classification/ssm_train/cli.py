@@ -1,0 +1,256 @@
+"""The command line of training and evaluation.
+
+    python classification/main.py --cfg FILE --data-path FOLDER --output FOLDER [--tag NAME] [--batch-size N] ...
+    torchrun --nproc_per_node=2 classification/main.py ...           (or python -m torch.distributed.launch)
+
+The run folder is OUTPUT/TAG, or OUTPUT without --tag. It receives config.yaml, log.txt, log.jsonl, summary.csv,
+TensorBoard events, checkpoints/, metrics.json and report.md. SIGTERM and SIGUSR1 save at the next update and end with
+exit status 0. Mistakes of the user end with one line on stderr and exit status 2.
+"""
+
+import argparse
+import contextlib
+import copy
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from yacs.config import CfgNode as CN
+
+from ssm_train.common import command
+from ssm_train.common.distributed import World, joined_world
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import folder_lock
+from ssm_train.common.machine import peak_memory_mb
+from ssm_train.common.precision import resolve_amp
+from ssm_train.common.preemption import StopRequest
+from ssm_train.config.load import FLAG_KEYS, load_config, model_differences, parse_config
+from ssm_train.data.build import close_workers, eval_loader, scan_split
+from ssm_train.data.dataset import BadImages
+from ssm_train.data.sources import FORMATS
+from ssm_train.record.checkpoint import MODEL, MODEL_EMA, Checkpoint, CheckpointStore, Position, read_checkpoint
+from ssm_train.record.logger import RunLog
+from ssm_train.record.results import description, evaluation_metrics, summary, write_metrics
+from ssm_train.start import prepare
+from ssm_train.step.evaluate import validate
+from ssm_train.step.model import build_model, load_pretrained
+from ssm_train.step.parallel import load_whole
+from ssm_train.step.speed import inference_speed, training_speed
+from ssm_train.trainer import train
+
+_log = logging.getLogger(__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; None means "not given". UserError for unknown flags."""
+    parser = _Parser(
+        prog="classification/main.py", description="Train or evaluate an image classifier.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE", help="e.g. configs/classification/vmamba/vmamba_tiny_s1l8.yaml")
+    add("--opts", nargs="+", metavar="KEY VALUE", help="config keys and values, e.g. TRAIN.EPOCHS 100 MODEL.KWARGS.x 1")
+    add("--data-path", metavar="FOLDER", help="holds train/<class>/* and val/<class>/*, or what --dataset names")
+    add("--dataset", choices=tuple(FORMATS), help="how DATA_PATH is laid out (folder)")
+    add("--zip", action="store_const", const="zip", dest="dataset", help="the same as --dataset zip")
+    add("--cache-mode", choices=("no", "part", "full"), help="bytes of an archive to hold in memory")
+    add("--batch-size", type=int, metavar="N", help="images per process and micro-step")
+    add("--accumulation-steps", type=int, metavar="N", help="micro-steps per optimizer update")
+    add("--output", metavar="FOLDER")
+    add("--tag", metavar="NAME", help="the run folder is OUTPUT/TAG")
+    add("--resume", metavar="P", help="a checkpoint folder, or auto: the newest valid one of the run folder")
+    add("--pretrained", metavar="P", help="start from these weights: checkpoint folder, .safetensors, official .pth")
+    add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
+    add("--eval", action="store_true", help="validate the weights of --resume or --pretrained; no training")
+    add("--throughput", action="store_true", help="measure inference images/s on synthetic images; no training")
+    add("--traincost", action="store_true", help="measure training images/s and memory on synthetic images")
+    add("--use-checkpoint", action="store_true", default=None, help="recompute activations to save memory")
+    add("--optim", choices=("adamw", "sgd"))
+    add("--model_ema", type=_switch, metavar="BOOL", help="False keeps no averaged weights")
+    add("--model_ema_decay", type=float, metavar="D", help="decay of the averaged weights per update")
+    add("--mesa", action="store_true", help="draw the model to its average's prediction (VSSD)")
+    add("--mesa_value", type=float, metavar="W", help="weight of that, 1.0 with --mesa alone")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"))
+    add("--disable_amp", action="store_const", const="off", dest="amp", help="the same as --amp off")
+    add("--compile", action="store_true", default=None, help="torch.compile the model")
+    add("--channels-last", action="store_true", default=None)
+    add("--memory_limit_rate", type=float, metavar="SHARE", help="most GPU memory a process may take")
+    add("--device", choices=("cpu", "cuda"))
+    # torch.distributed.launch adds this; the environment variable LOCAL_RANK says the same for every launcher
+    add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.eval and not (args.resume or args.pretrained):
+        raise UserError("--eval needs weights: give --resume CHECKPOINT or --pretrained FILE")
+    if args.new_head and (args.eval or not args.pretrained):
+        raise UserError("--new-head goes with --pretrained FILE, to train a fresh classifier on its features")
+    if args.resume not in (None, "auto") and args.pretrained:
+        raise UserError("give --resume CHECKPOINT or --pretrained, not both: a resumed run has its weights already")
+    if args.model_ema is False:
+        args.model_ema_decay = 0.0
+    if args.mesa and args.mesa_value is None:
+        args.mesa_value = 1.0
+    return args
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return command.run(lambda: classify(argv))
+
+
+def classify(argv: list[str] | None) -> None:
+    """Read the command line and the config, join the processes, and do what is asked for."""
+    args = parse_args(argv)
+    cfg = load_config(args.cfg, args.opts, {flag: getattr(args, flag) for flag in FLAG_KEYS})
+    with (
+        joined_world(cfg.DEVICE, cfg.MEMORY_SHARE) as world,
+        world.together(lambda: RunLog(world.is_main, cfg.WANDB)) as log,
+    ):
+        run(args, cfg, world, log)
+
+
+def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
+    """Do what the arguments ask for. Nothing is written before data, model and weights have been found to be good."""
+    world.together(lambda: resolve_amp(cfg.AMP, world.device))
+    if args.throughput:
+        report_throughput(cfg, world)
+        return
+    if args.traincost:
+        report_training_cost(cfg, world)
+        return
+    folder = Path(cfg.OUTPUT) / cfg.TAG
+    if not args.eval and not args.resume:
+        world.on_main(lambda: refuse_existing_run(folder))
+    checkpoint = world.on_main(lambda: find_checkpoint(args, cfg, folder)) if args.resume else None
+    if args.eval:
+        evaluate(args, cfg, world, log, folder, checkpoint)
+    else:
+        pretrained = Path(args.pretrained) if args.pretrained else None
+        train(cfg, world, log, folder, checkpoint, pretrained, args.new_head)
+
+
+def refuse_existing_run(folder: Path) -> None:
+    """UserError where `folder` holds a run that a new one would overwrite."""
+    for name in ("checkpoints", "log.jsonl", "log.txt", "metrics.json"):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} already holds a run ({name}): choose another --tag or --output, or add --resume auto"
+            )
+
+
+def find_checkpoint(args: argparse.Namespace, cfg: CN, folder: Path) -> Checkpoint | None:
+    """The checkpoint that --resume means, verified and for the configured model; None to start from scratch."""
+    store = CheckpointStore(folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS)
+    checkpoint = store.newest_valid() if args.resume == "auto" else read_checkpoint(Path(args.resume))
+    if checkpoint is None:
+        if args.eval and not args.pretrained:
+            raise UserError(
+                f"--resume auto: {store.folder} holds no valid checkpoint to evaluate; give --resume CHECKPOINT"
+            )
+        source = args.pretrained or "scratch"
+        _log.info("--resume auto: %s holds no valid checkpoint, starting from %s", store.folder, source)
+        return None
+    differing = model_differences(parse_config(checkpoint.meta["config"]), cfg)
+    if differing:
+        raise UserError(
+            f"checkpoint {checkpoint.folder} is of another model than the config: {'; '.join(differing[:3])} "
+            "(checkpoint -> config); use the config it was trained with"
+        )
+    if args.resume != "auto" and not args.eval:
+        check_continuation(checkpoint, store, folder)
+    return checkpoint
+
+
+def check_continuation(checkpoint: Checkpoint, store: CheckpointStore, folder: Path) -> None:
+    """UserError where continuing from `checkpoint` in `folder` would overwrite later epochs or mix two runs."""
+    if checkpoint.folder.parent != store.folder.resolve():
+        refuse_existing_run(folder)
+    newest = max(store.positions(), default=Position(0))
+    if newest > checkpoint.position:
+        raise UserError(
+            f"{store.folder} goes on to {newest}; resuming from {checkpoint.position} would overwrite that: choose "
+            "another --tag or --output for the new branch, or use --resume auto"
+        )
+
+
+def evaluate(
+    args: argparse.Namespace, cfg: CN, world: World, log: RunLog, folder: Path, checkpoint: Checkpoint | None
+) -> None:
+    """Validate the weights of the checkpoint (plain and averaged) or of --pretrained, and write metrics.json."""
+    start = time.perf_counter()
+    source = world.together(lambda: scan_split(cfg, "val"))
+    network = world.together(lambda: build_model(cfg))
+    models, weights_of = {"model": network}, str(args.pretrained)
+    if checkpoint is None:
+        _log.info("weights from %s", world.together(lambda: load_pretrained(network, Path(args.pretrained))))
+    else:
+        weights_of = str(checkpoint.folder)
+        world.together(lambda: load_whole(network, checkpoint.weights(MODEL, network)))
+        if checkpoint.has_ema:
+            models["model_ema"] = average = copy.deepcopy(network)
+            world.together(lambda: load_whole(average, checkpoint.weights(MODEL_EMA, average)))
+    memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
+    for model in models.values():
+        model.to(world.device, memory_format=memory_format)
+    amp = resolve_amp(cfg.AMP, world.device)
+    with contextlib.ExitStack() as stack:
+        world.on_main(lambda: open_folder(folder, log, stack))
+        loader = eval_loader(cfg, source, world)
+        stack.callback(close_workers, loader)
+        bad = BadImages(world, len(source), None)
+        validated = validate(models, loader, amp, world, bad, StopRequest(), memory_format=memory_format)
+        records = {weights: asdict(accuracy) for weights, accuracy in validated.items()}
+        seconds = time.perf_counter() - start
+        _log.info("%s: %s; %d images left out; %.1f s", weights_of, summary(records), bad.count, seconds)
+        common = {
+            "excluded": bad.count,
+            "seconds": seconds,
+            "images_per_second": len(source) / seconds,
+            **description(cfg, world, network, amp),
+        }
+        world.on_main(lambda: write_metrics(folder, evaluation_metrics(records, weights_of, common)))
+
+
+def open_folder(folder: Path, log: RunLog, stack: contextlib.ExitStack) -> None:
+    """Create and lock the folder for the results of an evaluation (rank 0), or add to one that is there."""
+    try:
+        stack.enter_context(folder_lock(folder))
+        log.open_text(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+
+
+def report_throughput(cfg: CN, world: World) -> None:
+    """Print inference images/s of one process."""
+    memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
+    network = world.together(lambda: build_model(cfg)).to(world.device, memory_format=memory_format)
+    amp = resolve_amp(cfg.AMP, world.device)
+    speed = inference_speed(torch.compile(network) if cfg.COMPILE else network, cfg, amp, world)
+    _log.info("throughput of %s: %.1f images/s (%s)", cfg.MODEL.NAME, speed, _conditions(cfg, amp, world))
+
+
+def report_training_cost(cfg: CN, world: World) -> None:
+    """Print training images/s of one process of the run, with its exchanges, and peak memory."""
+    run = prepare(cfg, world, updates_per_epoch=1000)
+    speed = training_speed(run, cfg, world)
+    memory = peak_memory_mb(world.device)
+    conditions = _conditions(cfg, run.amp, world)
+    _log.info("training of %s: %.1f images/s, peak %.0f MB (%s)", cfg.MODEL.NAME, speed, memory, conditions)
+
+
+def _conditions(cfg: CN, amp: str, world: World) -> str:
+    size = cfg.DATA.IMG_SIZE
+    how = f"median of 5; batch {cfg.DATA.BATCH_SIZE}, {size}x{size}, amp {amp}, {world.device}"
+    return how + (", compiled" if cfg.COMPILE else "") + (", channels last" if cfg.CHANNELS_LAST else "")

@@ -1,0 +1,154 @@
+"""One process or many: who am I, on which device, and how do all ranks agree on an error."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import disk_full_message, is_disk_full
+from ssm_train.common.preemption import Preempted
+
+_SETTLING_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run. Without a launcher: rank 0 of 1, and every method is local."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, in fp64, with one all-reduce."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def broadcast(self, tensors: list[torch.Tensor]) -> None:
+        """Give the `tensors` of rank 0, of any dtypes, to all ranks, in place."""
+        if self.size == 1:
+            return
+        for dtype in {tensor.dtype: None for tensor in tensors}:
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.detach().flatten() for tensor in same])
+            dist.broadcast(flat, 0)
+            for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, in rank order, on every rank. For small picklable objects of our own."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on every rank; a UserError on any of them is raised on all, so that none waits for the dead."""
+        result, error = _attempt(action)
+        self._raise_first(self.gather(error))
+        return result
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 alone; its (small) result is returned, or its UserError raised, on all ranks."""
+        outcomes = self.gather(_attempt(action) if self.is_main else (None, None))
+        self._raise_first([outcomes[0][1]])
+        return outcomes[0][0]
+
+    @staticmethod
+    def _raise_first(errors: list[str | None]) -> None:
+        for error in errors:
+            if error is not None:
+                raise UserError(error)
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return None, disk_full_message(error)
+
+
+def is_local_main() -> bool:
+    """Whether this process speaks for its machine; known before any connection is made."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def joined_world(device_name: str, memory_share: float = 0.0) -> Iterator[World]:
+    """Join the processes of the launcher, if there is one: torchrun and torch.distributed.launch set the environment.
+
+    `device_name` is "cpu", "cuda" or "" (CUDA where there is one); `memory_share`, if not 0, is the most of the GPU's
+    memory that this process may take. LOCAL_RANK is the device index: the global rank is
+    not, as soon as there are two machines. gloo connects CPU processes, nccl GPU processes.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    use_cuda = device_name == "cuda" or (not device_name and torch.cuda.is_available())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        _check_cuda(device)
+        torch.cuda.set_device(device)
+        if memory_share:
+            torch.cuda.set_per_process_memory_fraction(memory_share, device)
+        # batches of one size: let cuDNN measure its algorithms once
+        torch.backends.cudnn.benchmark = True
+    if size > 1:
+        store = _store_of_this_start(rank, size)
+        backend, device_id = ("nccl", device) if use_cuda else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+    try:
+        yield World(rank, size, device)
+    except (UserError, Preempted):
+        # raised on all ranks alike, so none is left in the middle of an exchange; after any other error one may be
+        _leave(size)
+        raise
+    _leave(size)
+
+
+def _store_of_this_start(rank: int, size: int) -> dist.Store:
+    """Where the processes find each other, apart from what a killed attempt left there.
+
+    torchrun --max-restarts without --standalone keeps one store for all attempts, in which new processes would find the
+    addresses of dead ones and wait for them. On one machine all processes know the same number of restarts.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
+
+
+def _leave(size: int) -> None:
+    if size > 1:
+        # together: with torch 2.6, a rank that leaves early can keep another waiting for ever
+        dist.barrier()
+        # gloo's threads are releasing the tensors of the barrier, for which they need the interpreter. Ending the group
+        # or the process at that moment waits for them without letting go of it, for ever, or aborts
+        time.sleep(_SETTLING_SECONDS)
+        dist.destroy_process_group()
+
+
+def _check_cuda(device: torch.device) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu or install a CUDA build")
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK is {device.index} but this machine has {torch.cuda.device_count()} CUDA device(s): "
+            "lower --nproc_per_node or use --device cpu"
+        )

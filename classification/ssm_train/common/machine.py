@@ -1,0 +1,49 @@
+"""What numbers were made with: versions, the commit, memory."""
+
+import contextlib
+import functools
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import timm
+import torch
+
+# distribution name of this repository, when it is installed
+_DISTRIBUTION = "vision-ssm"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    # a checkout that is not installed has no version
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found[_DISTRIBUTION] = metadata.version(_DISTRIBUTION)
+    commit = _commit()
+    return {**found, "commit": commit} if commit else found
+
+
+@functools.cache
+def _commit() -> str:
+    """The commit of the checkout, with "-dirty" when files differ from it; "" where this is none or git is missing."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        # installed: a repository around it would be another one
+        return ""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory this process has used: allocated on a GPU, resident on a CPU, in MB (2**20 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in units of 1024 bytes, macOS in bytes
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

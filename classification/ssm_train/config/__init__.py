@@ -1,0 +1,1 @@
+"""What is asked for: the keys and their defaults, yaml files, the command line's overrides."""

@@ -1,0 +1,160 @@
+"""The configuration: defaults, YAML files with `BASE`, `--opts`, and the table of command-line flags.
+
+Later wins: defaults < BASE files < the file < --opts < flags. Every key exists in `default_config` (defaults.py), but
+MODEL.KWARGS takes any key: it is passed to `timm.create_model` as it is.
+"""
+
+import ast
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import check_config, default_config, lookup
+
+# command-line flag -> config key; a flag that was not given is None and leaves the key alone, so 0 and "" do apply
+FLAG_KEYS = {
+    "batch_size": "DATA.BATCH_SIZE",
+    "data_path": "DATA.DATA_PATH",
+    "dataset": "DATA.DATASET",
+    "cache_mode": "DATA.CACHE_MODE",
+    "output": "OUTPUT",
+    "tag": "TAG",
+    "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
+    "use_checkpoint": "TRAIN.USE_CHECKPOINT",
+    "optim": "TRAIN.OPTIMIZER",
+    "model_ema_decay": "TRAIN.EMA_DECAY",
+    "mesa_value": "TRAIN.MESA",
+    "memory_limit_rate": "MEMORY_SHARE",
+    "amp": "AMP",
+    "compile": "COMPILE",
+    "channels_last": "CHANNELS_LAST",
+    "device": "DEVICE",
+}
+
+
+def load_config(path: str, opts: list[str] | None = None, flags: dict[str, Any] | None = None) -> CN:
+    """Merge file, `opts` (alternating keys and values) and `flags` (see FLAG_KEYS) into a checked, frozen config.
+
+    Raises UserError for a missing or malformed file, an unknown key (with close matches) and a value that cannot be.
+    """
+    cfg = default_config()
+    _merge_file(cfg, Path(path), chain=())
+    opts = opts or []
+    if len(opts) % 2:
+        raise UserError(f"--opts takes pairs of a key and a value, but the last key {opts[-1]!r} has no value")
+    for key, text in zip(opts[::2], opts[1::2], strict=True):
+        _set(cfg, key, text, source="--opts")
+    for flag, value in (flags or {}).items():
+        if value is not None:
+            _set(cfg, FLAG_KEYS[flag], value, source=f"--{flag.replace('_', '-')}")
+    check_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def parse_config(text: str) -> CN:
+    """The inverse of `cfg.dump()`: the config of a checkpoint or of a run's config.yaml."""
+    cfg = default_config()
+    _merge_mapping(cfg, yaml.safe_load(text), prefix="", source="saved config")
+    check_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _merge_file(cfg: CN, path: Path, chain: tuple[Path, ...]) -> None:
+    path = path.resolve()
+    if path in chain:
+        raise UserError(f"{path}: BASE leads back to this file; remove one of the BASE entries")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror}; give an existing YAML file to --cfg") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {error}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise UserError(f"config {path} must be a mapping of keys to values, not a {type(content).__name__}")
+    bases = content.pop("BASE", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        _merge_file(cfg, path.parent / str(base), chain=(*chain, path))
+    _merge_mapping(cfg, content, prefix="", source=str(path))
+
+
+def _merge_mapping(cfg: CN, mapping: dict[str, Any], prefix: str, source: str) -> None:
+    for name, value in mapping.items():
+        key = f"{prefix}{name}"
+        if isinstance(lookup(cfg, key), CN) and isinstance(value, dict):
+            _merge_mapping(cfg, value, prefix=f"{key}.", source=source)
+        else:
+            _set(cfg, key, value, source)
+
+
+def _set(cfg: CN, key: str, value: Any, source: str) -> None:
+    """Assign one key, converting text to the type of the default."""
+    section, _, name = key.rpartition(".")
+    node = lookup(cfg, section) if section else cfg
+    if not isinstance(node, CN) or (name not in node and not node.is_new_allowed()):
+        near = difflib.get_close_matches(key.upper(), list(_keys(cfg)), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see classification/ssm_train/config/defaults.py"
+        raise UserError(f"{source}: config key {key!r} does not exist; {hint}")
+    if name in node and isinstance(node[name], CN):
+        inside = ", ".join(sorted(node[name])) or "any key"
+        raise UserError(f"{source}: {key} is a section, not a value; set a key in it ({inside})")
+    old = node.get(name)
+    node[name] = _convert(value, old, name in node, key, source)
+
+
+def _keys(node: CN, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, CN):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _convert(value: Any, old: Any, known: bool, key: str, source: str) -> Any:
+    if isinstance(value, str) and not isinstance(old, str):
+        value = _literal(value)
+    if not known:
+        return CN(value) if isinstance(value, dict) else value
+    if isinstance(old, float) and type(value) is int:
+        return float(value)
+    if isinstance(old, list) and isinstance(value, tuple):
+        return list(value)
+    if old is None and isinstance(value, list | tuple | None):
+        return value if value is None else list(value)
+    if type(value) is not type(old):
+        wanted = "list" if old is None else type(old).__name__
+        raise UserError(f"{source}: {key} must be of type {wanted}, not {value!r}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """A Python literal (1, 1e-3, [1, 2], None) or YAML's true/false; any other text stays text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def model_differences(saved: CN, current: CN) -> list[str]:
+    """Keys that describe the network itself and differ, as "KEY: saved -> current"."""
+    names = ["NAME", "NUM_CLASSES"]
+    lines = [
+        f"MODEL.{name}: {saved.MODEL[name]!r} -> {current.MODEL[name]!r}"
+        for name in names
+        if saved.MODEL[name] != current.MODEL[name]
+    ]
+    for name in sorted({*saved.MODEL.KWARGS, *current.MODEL.KWARGS}):
+        before, after = saved.MODEL.KWARGS.get(name), current.MODEL.KWARGS.get(name)
+        if before != after:
+            lines.append(f"MODEL.KWARGS.{name}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,86 @@
+"""Image transforms and batch mixing, by timm, from the AUG section."""
+
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from yacs.config import CfgNode as CN
+
+from ssm_train.common.errors import UserError
+
+# up to this size (CIFAR, digits) images are shifted by a padded crop instead of being cut out of a larger image
+_SMALL = 32
+_PADDING = 4
+
+Transform = Callable[[Image.Image], torch.Tensor]
+
+
+def train_transform(cfg: CN) -> Transform:
+    """RGB image -> normalised fp32 tensor (3, S, S), augmented by the global python, numpy and torch generators.
+
+    AUG.CROP simple and AUG.THREE_AUGMENT are those of DeiT III (Touvron et al. 2022, https://arxiv.org/abs/2204.07118,
+    section 3): a random square of the shorter side, and greyscale, solarisation or blur (one of them, always) followed
+    by colour jitter. In the way of that paper AUG.REPROB is 0.
+    """
+    size, aug, mode = cfg.DATA.IMG_SIZE, cfg.AUG, InterpolationMode(cfg.DATA.INTERPOLATION)
+    try:
+        transform = create_transform(
+            input_size=size,
+            is_training=True,
+            hflip=aug.HFLIP,
+            color_jitter=aug.COLOR_JITTER or None,
+            auto_augment="3a" if aug.THREE_AUGMENT else aug.AUTO_AUGMENT or None,
+            interpolation=cfg.DATA.INTERPOLATION,
+            re_prob=aug.REPROB,
+            re_mode=aug.REMODE,
+            re_count=aug.RECOUNT,
+        )
+    except (AssertionError, ValueError) as error:
+        # timm asserts the grammar of the policy string
+        raise UserError(
+            f"AUG.AUTO_AUGMENT {aug.AUTO_AUGMENT!r} is not a policy of timm ({error}); e.g. rand-m9-mstd0.5-inc1"
+        ) from error
+    if size <= _SMALL:
+        resize = transforms.Resize((size, size), mode)
+        transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=_PADDING)]
+    elif aug.CROP == "simple":
+        crop = transforms.RandomCrop(size, padding=_PADDING, padding_mode="reflect")
+        transform.transforms[0:1] = [transforms.Resize(size, mode), crop]
+    return transform
+
+
+def eval_transform(cfg: CN) -> Transform:
+    """RGB image -> normalised fp32 tensor (3, S, S): shorter side to S / CROP_RATIO and centre crop. With CROP_RATIO 1,
+    and for small S, the whole image is resized to the square."""
+    size, mode, ratio = cfg.DATA.IMG_SIZE, InterpolationMode(cfg.DATA.INTERPOLATION), cfg.DATA.CROP_RATIO
+    if size <= _SMALL or ratio == 1:
+        resize = [transforms.Resize((size, size), mode)]
+    else:
+        resize = [transforms.Resize(int(size / ratio), mode), transforms.CenterCrop(size)]
+    normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return transforms.Compose([*resize, transforms.ToTensor(), normalise])
+
+
+def build_mixup(cfg: CN) -> Mixup | None:
+    """Mixup and/or CutMix of a batch (with label smoothing inside), None where both are off."""
+    aug = cfg.AUG
+    if aug.MIXUP == 0 and aug.CUTMIX == 0 and aug.CUTMIX_MINMAX is None:
+        return None
+    if cfg.DATA.BATCH_SIZE % 2:
+        raise UserError(
+            f"mixup and cutmix pair the images of a batch, but DATA.BATCH_SIZE is {cfg.DATA.BATCH_SIZE}: "
+            "make it even or switch them off (--opts AUG.MIXUP 0 AUG.CUTMIX 0)"
+        )
+    return Mixup(
+        mixup_alpha=aug.MIXUP,
+        cutmix_alpha=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=cfg.MODEL.LABEL_SMOOTHING,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+    )

@@ -1,0 +1,1 @@
+"""What a run leaves: checkpoints, logs, results, report; and what watches it while it runs."""

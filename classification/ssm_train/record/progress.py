@@ -1,0 +1,99 @@
+"""Where training stands: a bar at the foot of a terminal, plain lines anywhere else."""
+
+import contextlib
+import datetime
+import logging
+import sys
+import time
+from collections.abc import Mapping
+
+import rich.progress
+from rich.console import Console
+from rich.table import Column
+from yacs.config import CfgNode as CN
+
+from ssm_train.common.distributed import World
+
+_log = logging.getLogger(__name__)
+
+_REDRAW_SECONDS = 0.1
+
+
+class Progress(contextlib.AbstractContextManager):
+    """The progress of one run, shown by rank 0 while its `with` block lasts; on other ranks every method does nothing.
+
+    On a terminal the bar stays at the foot and all other output goes above it. log.txt gets the lines in either case.
+    `console` is where to draw, by default stdout.
+    """
+
+    def __init__(self, world: World, cfg: CN, console: Console | None = None) -> None:
+        self._epochs = cfg.TRAIN.EPOCHS
+        self._epoch = self._steps = self._done = 0
+        self._drawn = 0.0
+        # without force_terminal, variables like FORCE_COLOR would bring control characters into files
+        console = console or Console(force_terminal=sys.stdout.isatty())
+        self._bar: rich.progress.Progress | None = None
+        if world.is_main and console.is_terminal and not console.is_dumb_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("epoch {task.description}"),
+                rich.progress.BarColumn(bar_width=None),
+                # on a narrow terminal the bar gives way, not the numbers
+                rich.progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                rich.progress.TextColumn("{task.fields[values]}"),
+                console=console,
+                # drawn by `advance`: a thread would hold locks while the loader forks its workers
+                auto_refresh=False,
+                transient=True,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=1, visible=False, values="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Remove the bar; the terminal is as before."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def epoch(self, epoch: int, steps: int, start: int) -> None:
+        """Begin `epoch` (from 1) of `steps` micro-steps, `start` of which are done."""
+        self._epoch, self._steps, self._done = epoch, steps, start
+        if self._bar is not None:
+            name = f"{epoch}/{self._epochs}"
+            self._bar.update(self._task, total=steps, completed=start, description=name, visible=True, refresh=True)
+
+    def advance(self, steps: int, values: Mapping[str, float] | None = None) -> None:
+        """`steps` more micro-steps are done. `values` are given where they were measured, and shown: loss, lr,
+        grad_norm, images_per_second, data_wait (share), eta_seconds, memory_mb."""
+        self._done += steps
+        if values is not None:
+            self._show(values)
+        if self._bar is None:
+            return
+        # a finished epoch is shown as such: validation comes next
+        if self._done == self._steps or time.monotonic() >= self._drawn + _REDRAW_SECONDS:
+            self._bar.update(self._task, completed=self._done, refresh=True)
+            self._drawn = time.monotonic()
+
+    def _show(self, values: Mapping[str, float]) -> None:
+        speed = f"{values['images_per_second']:.0f} img/s data {100 * values['data_wait']:.0f}%"
+        eta = f"eta {datetime.timedelta(seconds=round(values['eta_seconds']))}"
+        if self._bar is not None:
+            self._bar.update(self._task, values=f"loss {values['loss']:.4f} {speed} {eta}")
+        _log.info(
+            "epoch %d/%d [%d/%d] loss %.4f lr %.3g grad %.2f %s %s mem %.0f MB",
+            self._epoch,
+            self._epochs,
+            self._done,
+            self._steps,
+            values["loss"],
+            values["lr"],
+            values["grad_norm"],
+            speed,
+            eta,
+            values["memory_mb"],
+            extra={"on_bar": self._bar is not None},
+        )

@@ -1,0 +1,358 @@
+"""The report of a run: report.md and curves.png, from what the run folder holds, finished or not.
+
+python -m ssm_train.record.report RUN_FOLDER
+"""
+
+import argparse
+import datetime
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from ssm_train.common import command as command_line
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import write_atomic
+from ssm_train.config.defaults import default_config
+from ssm_train.record.results import Record, Results, better_weights
+from ssm_train.record.series import Entry, Summary, read_entries, train_means
+from ssm_train.step.evaluate import Accuracy
+
+# of Okabe and Ito, told apart by colour-blind readers and in grey
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DRAWN = {
+    "train": ("loss", "lr", "grad_norm", "images_per_second", "data_wait"),
+    "val": ("loss", "top1", "ema_loss", "ema_top1"),
+}
+_LONGEST_LIST = 30  # lines of events or files in report.md
+# where the run lay, not what it was
+_PLACES = ("DATA.DATA_PATH", "OUTPUT", "TAG")
+
+
+class Series(NamedTuple):
+    """A curve: `x` in epochs (1.5 is half-way through the second), `y` nan where the value was not finite."""
+
+    x: list[float]
+    y: list[float]
+
+
+class Curves(NamedTuple):
+    """The curves of a run, by kind of log entry and name of the value: "train/loss", "val/top1", ...;
+    "epoch/train_loss" is the mean over every validated epoch, at its middle."""
+
+    name: str
+    series: dict[str, Series]
+
+
+def curves(name: str, entries: Iterable[Entry]) -> Curves:
+    """The curves of a log. Where an epoch or a part of it was repeated, the last time counts."""
+    entries = list(entries)
+    train = {(entry["epoch"], entry["iteration"]): entry for entry in entries if entry["kind"] == "train"}
+    val = {entry["epoch"]: entry for entry in entries if entry["kind"] == "val"}
+    last: dict[int, int] = {}
+    for epoch, iteration in train:
+        last[epoch] = max(iteration, last.get(epoch, 0))
+    # an epoch that was not validated may be incomplete: it is as long as the longest
+    steps = {epoch: last[epoch] if epoch in val else max(last.values()) for epoch in last}
+    positioned = [("train", epoch - 1 + i / steps[epoch], train[epoch, i]) for epoch, i in sorted(train)]
+    positioned += [("val", float(epoch), val[epoch]) for epoch in sorted(val)]
+    series: dict[str, Series] = {}
+    for kind, x, entry in positioned:
+        for key in _DRAWN[kind]:
+            if key in entry:
+                _extend(series, f"{kind}/{key}", x, entry[key])
+    for epoch, row in sorted(Summary(entries).rows.items()):
+        _extend(series, "epoch/train_loss", epoch - 0.5, row["train_loss"])
+    return Curves(name, series)
+
+
+def _extend(series: dict[str, Series], key: str, x: float, y: float | None) -> None:
+    points = series.setdefault(key, Series([], []))
+    points.x.append(x)
+    points.y.append(float("nan") if y is None else y)
+
+
+def read_curves(folder: Path) -> Curves:
+    """The curves of the run in `folder`. Raises FileNotFoundError, and ValueError where nothing is logged yet."""
+    found = curves(folder.resolve().name, read_entries(folder / "log.jsonl"))
+    if not found.series:
+        raise ValueError(f"{folder / 'log.jsonl'} holds no entries yet")
+    return found
+
+
+def draw(runs: Sequence[Curves]) -> Figure:
+    """Loss, accuracy, learning rate, gradient norm and throughput over epochs; a colour for each curve of one run, or
+    for each of several runs."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    (loss, top1, rate), (norm, speed, wait) = figure.subplots(2, 3)
+    # key, label, colour in the picture of a single run, style
+    panels = {
+        loss: [
+            ("train/loss", "training", 2, {"alpha": 0.4, "linewidth": 0.8}),
+            ("epoch/train_loss", "training, mean of epoch", 2, {"linestyle": ":"}),
+            ("val/loss", "validation", 0, {}),
+            ("val/ema_loss", "validation, EMA", 1, {"linestyle": "--"}),
+        ],
+        top1: [("val/top1", "model", 0, {}), ("val/ema_top1", "EMA", 1, {"linestyle": "--"})],
+        rate: [("train/lr", "learning rate", 0, {})],
+        norm: [("train/grad_norm", "before clipping", 0, {"linewidth": 0.8})],
+        speed: [("train/images_per_second", "all processes", 0, {"linewidth": 0.8})],
+        wait: [("train/data_wait", "mean of processes", 0, {"linewidth": 0.8})],
+    }
+    for axes, lines in panels.items():
+        for number, run in enumerate(runs):
+            for key, label, own, style in lines:
+                if key in run.series:
+                    color = _COLORS[(own if len(runs) == 1 else number) % len(_COLORS)]
+                    label = label if len(runs) == 1 else f"{run.name}: {label}"
+                    _line(axes, run.series[key], label=label, color=color, **style)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    loss.set(title="loss", ylabel="loss (nats per image)")
+    top1.set(title="validation accuracy", ylabel="top-1 (%)")
+    rate.set(title="learning rate", ylabel="learning rate")
+    norm.set(title="gradient", ylabel="L2 norm", yscale="log")
+    speed.set(title="training throughput", ylabel="images/s")
+    wait.set(title="waiting for data", ylabel="share of training time")
+    wait.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for axes in (speed, wait):
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def _line(axes: Axes, series: Series, **style: str | float) -> None:
+    # a line through one or two points is hard to see or none
+    axes.plot(series.x, series.y, marker="o" if len(series.x) < 30 else "", markersize=3, **style)
+
+
+def save_curves(runs: Sequence[Curves], path: Path) -> None:
+    """Draw `runs` into the PNG `path`."""
+    image = io.BytesIO()
+    draw(runs).savefig(image, format="png", dpi=120)
+    path.write_bytes(image.getvalue())
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.md and curves.png into the run folder; returns the path of the former.
+
+    Reads config.yaml and log.jsonl, and where they exist metrics.json, bad_images.json and nonfinite/*.json. Raises
+    FileNotFoundError without the first two, ValueError while the log has no entries.
+    """
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    entries = read_entries(folder / "log.jsonl")
+    if not entries:
+        raise ValueError(f"{folder / 'log.jsonl'} holds no entries yet")
+    # a run that was finished before it was continued here has events alone
+    measured = any(entry["kind"] != "event" for entry in entries)
+    if measured:
+        save_curves([read_curves(folder)], folder / "curves.png")
+    validated = {entry["epoch"]: entry for entry in entries if entry["kind"] == "val"}
+    metrics = _read_json(folder / "metrics.json")
+    if metrics.get("mode") != "train" or metrics["results"]["last"]["epoch"] < max(validated, default=0):
+        # the numbers of an evaluation, or of a run that has gone on since, are not those of this run
+        metrics = {}
+    bad = _read_json(folder / "bad_images.json")
+    text = [
+        f"# {config['MODEL']['NAME']}: {folder.resolve().name}",
+        _status(config, len(validated), entries[-1]["update"], metrics),
+        "## Result",
+        *_results(metrics["results"] if metrics else _records(validated)),
+        "## Setup",
+        *_table(("", ""), _setup(config, entries, metrics).items()),
+        "## Recipe",
+        "The keys of `config.yaml` that differ from the defaults, which are VMamba's published ImageNet recipe.",
+        *_table(("key", "value", "default"), _differences(config)),
+        "## Speed",
+        *_table(("", ""), _speed(entries, metrics).items()),
+        "## Events",
+        *_table(("event", "times"), _counts(entries, metrics, bad).items()),
+        *_listed([_event_line(entry) for entry in _events(entries)], "log.jsonl"),
+        *_files(folder, bad),
+        "## Curves",
+        "![loss, accuracy, learning rate, gradient norm and throughput over epochs](curves.png)",
+        "`summary.csv` has a line for every epoch, `log.jsonl` all that was recorded.",
+    ]
+    path = folder / "report.md"
+    write_atomic(path, "\n\n".join(text) + "\n")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _records(validated: Mapping[int, Entry]) -> dict[str, Record]:
+    """What metrics.json calls "results", from the log's entries of the kind "val" by epoch."""
+    results = Results()
+    for epoch, entry in sorted(validated.items()):
+        accuracies = {
+            weights: Accuracy(*(entry[f"{prefix}{key}"] for key in ("top1", "top5", "loss")), entry["images"])
+            for weights, prefix in (("model", ""), ("model_ema", "ema_"))
+            if f"{prefix}top1" in entry
+        }
+        results.add(epoch, accuracies)
+    return results.records
+
+
+def _status(config: Mapping[str, Any], validated: int, updates: int, metrics: Mapping[str, Any]) -> str:
+    if metrics:
+        return f"Finished: {metrics['epochs']} epochs, {updates} updates."
+    return f"**Unfinished**: {validated} of {config['TRAIN']['EPOCHS']} epochs validated, {updates} updates made."
+
+
+def _results(records: Mapping[str, Record]) -> list[str]:
+    if not records:
+        return ["No epoch has been validated."]
+    rows = []
+    for name in ("best", "best_ema", "last", "last_ema"):
+        if name in records:
+            epoch, top1, top5, loss, images = (
+                records[name][key] for key in ("epoch", "top1", "top5", "loss", "images")
+            )
+            rows.append((name, epoch, f"{top1:.2f}", f"{top5:.2f}", f"{loss:.4f}", images))
+    best = better_weights({name: records[name] for name in ("best", "best_ema") if name in records})
+    return [
+        f"**{records[best]['top1']:.2f} %** top-1, by `checkpoints/{best}` (epoch {records[best]['epoch']}).",
+        *_table(("weights", "epoch", "top-1 (%)", "top-5 (%)", "loss (nats)", "images"), rows),
+    ]
+
+
+def _setup(config: Mapping[str, Any], entries: Sequence[Entry], metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What was trained, on what; what only a finished run knows is left out before."""
+    data, model, train = config["DATA"], config["MODEL"], config["TRAIN"]
+    rates = [entry["lr"] for entry in entries if entry["kind"] == "train"]
+    known = {"model": f"`{model['NAME']}`"}
+    if metrics:
+        known["parameters"] = f"{metrics['parameters']:,}"
+    known["data"] = (
+        f"`{data['DATA_PATH']}` ({data['DATASET']}), {model['NUM_CLASSES']} classes, "
+        f"{data['IMG_SIZE']}x{data['IMG_SIZE']} pixels"
+    )
+    batch = f"{data['BATCH_SIZE']} per process and micro-step x {train['ACCUMULATION_STEPS']} micro-steps"
+    if metrics:
+        images = data["BATCH_SIZE"] * train["ACCUMULATION_STEPS"] * metrics["processes"]
+        batch += f" x {metrics['processes']} processes = {images}"
+    known["images per update"] = batch
+    known["optimizer"] = f"{train['OPTIMIZER']}, weight decay {train['WEIGHT_DECAY']:g}"
+    if rates:
+        known["highest learning rate"] = f"{max(rates):.4g}"
+    known["seed"] = str(config["SEED"])
+    if metrics:
+        versions = dict(metrics["versions"])
+        commit = versions.pop("commit", None)
+        known["precision"] = metrics["amp"]
+        known["device"] = f"{metrics['processes']} x {metrics['device']}"
+        known["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+        if commit:
+            known["commit"] = f"`{commit}`"
+    return known
+
+
+def _differences(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    values, defaults = dict(_flat(config)), dict(_flat(yaml.safe_load(default_config().dump())))
+    differing = [key for key in values if key not in _PLACES and values[key] != defaults.get(key)]
+    return [(f"`{key}`", f"`{values[key]!r}`", f"`{defaults[key]!r}`" if key in defaults else "") for key in differing]
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _speed(entries: Sequence[Entry], metrics: Mapping[str, Any]) -> dict[str, str]:
+    train = [entry for entry in entries if entry["kind"] == "train"]
+    timed = [entry["seconds"] for entry in entries if "seconds" in entry]
+    means = train_means(train)
+    found = {}
+    if metrics or timed:
+        seconds = metrics["seconds"] if metrics else timed[-1]
+        found["training, validation and saving"] = f"{datetime.timedelta(seconds=round(seconds))} ({seconds:.1f} s)"
+    if train:
+        speed = metrics["images_per_second"] if metrics else means["images_per_second"]
+        found["training throughput"] = f"{speed:.1f} images/s"
+        found["waiting for data"] = f"{100 * means['data_wait']:.1f} % of training time"
+        found["peak memory"] = f"{max(entry['memory_mb'] for entry in train):.0f} MB per process"
+    return found
+
+
+def _events(entries: Iterable[Entry]) -> list[Entry]:
+    """The events in order. An update that was skipped again after a resume is one."""
+    found: dict[Any, Entry] = {}
+    for number, entry in enumerate(entries):
+        if entry["kind"] == "event":
+            repeatable = entry["what"] in ("skipped", "rolled_back")
+            found[(entry["what"], entry["epoch"], entry["slot"]) if repeatable else number] = entry
+    return list(found.values())
+
+
+def _counts(entries: Sequence[Entry], metrics: Mapping[str, Any], bad: Mapping[str, str]) -> dict[str, int]:
+    times = Counter(entry["what"] for entry in _events(entries))
+    excluded = [entry["excluded"] for entry in entries if entry["kind"] == "val"]
+    return {
+        "resumed": times["resumed"],
+        "updates skipped (loss or gradient not finite)": metrics.get("skipped_updates", times["skipped"]),
+        "rolled back": metrics.get("rollbacks", times["rolled_back"]),
+        "preempted": times["preempted"],
+        "unreadable training images": metrics.get("bad_images", len(bad)),
+        "unreadable validation images": excluded[-1] if excluded else 0,
+    }
+
+
+def _event_line(entry: Entry) -> str:
+    details = ", ".join(f"{name} {value}" for name, value in entry.items() if name not in ("kind", "what", "update"))
+    return f"- after {entry['update']} updates: {entry['what'].replace('_', ' ')} ({details})"
+
+
+def _files(folder: Path, bad: Mapping[str, str]) -> list[str]:
+    """Where to read on about updates that were skipped and images that were replaced."""
+    dumps = [f"- `nonfinite/{path.name}`" for path in sorted((folder / "nonfinite").glob("*.json"))]
+    images = [f"- `{path}`: {reason}" for path, reason in sorted(bad.items())]
+    text = ["Batches of the skipped updates:", *_listed(dumps, "nonfinite/")] if dumps else []
+    return text + (["Training images that could not be read:", *_listed(images, "bad_images.json")] if images else [])
+
+
+def _listed(lines: Sequence[str], where: str) -> list[str]:
+    """A list, the beginning of a long one."""
+    more = [f"- and {len(lines) - _LONGEST_LIST} more, see `{where}`"] if len(lines) > _LONGEST_LIST else []
+    return ["\n".join([*lines[:_LONGEST_LIST], *more])] if lines else []
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, ["---"] * len(header), *rows]]
+    return ["\n".join("| " + " | ".join(row) + " |" for row in cells)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ssm_train.record.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="run folder, with config.yaml and log.jsonl")
+    args = parser.parse_args(argv)
+
+    def command() -> None:
+        try:
+            print(write_report(args.run))
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename} does not exist; give the folder of a training run") from error
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    return command_line.run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,371 @@
+"""A training run: the loop over epochs and updates, what is saved and when, and how it goes on after a stop."""
+
+import contextlib
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode as CN
+
+from ssm_train.common.distributed import World
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import folder_lock, write_atomic
+from ssm_train.common.machine import peak_memory_mb, versions
+from ssm_train.common.preemption import Preempted, StopRequest
+from ssm_train.common.seeding import seed_step
+from ssm_train.data.build import check_same_classes, close_workers, eval_loader, scan_split, train_loader
+from ssm_train.data.dataset import BadImages, Batch
+from ssm_train.data.prefetch import device_batches
+from ssm_train.data.sources.base import ImageSource
+from ssm_train.record.checkpoint import Checkpoint, CheckpointStore, Position
+from ssm_train.record.guard import Guard, MicroStep, write_dump
+from ssm_train.record.logger import RunLog
+from ssm_train.record.progress import Progress
+from ssm_train.record.report import write_report
+from ssm_train.record.results import Results, better_weights, description, summary, training_metrics, write_metrics
+from ssm_train.start import asked_batch, images_per_update, place, prepare, same_updates
+from ssm_train.step.engine import Training, Update, take_update, training_loss
+from ssm_train.step.evaluate import Interrupted, validate
+from ssm_train.step.losses import mesa_starts
+from ssm_train.step.meter import Meter
+from ssm_train.step.model import set_train_mode
+from ssm_train.step.parallel import exchange
+from ssm_train.step.state import collect, restore
+
+_log = logging.getLogger(__name__)
+
+
+def train(
+    cfg: CN,
+    world: World,
+    log: RunLog,
+    folder: Path,
+    checkpoint: Checkpoint | None,
+    pretrained: Path | None,
+    new_head: bool,
+) -> None:
+    """Train to the last epoch, validating and saving after each, and write metrics.json into the run folder.
+
+    Continues from `checkpoint`, or starts from the weights of `pretrained` (but for its classifier with `new_head`), or
+    from scratch. The run folder is created when data, model and weights have been found to be good. Raises Preempted
+    when it saved and stopped because a signal asked for it.
+    """
+    asked = asked_batch(cfg)
+    cfg = world.together(lambda: same_updates(cfg, checkpoint, world))
+    source, val_source = world.together(lambda: (scan_split(cfg, "train"), scan_split(cfg, "val")))
+    world.together(lambda: check_same_classes(source, val_source))
+    loader = world.together(lambda: train_loader(cfg, source, world))
+    updates_per_epoch = loader.batch_sampler.updates_per_epoch
+    run = prepare(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head)
+    val_loader = eval_loader(cfg, val_source, world)
+    stop = StopRequest()
+    with stop.listening(), contextlib.ExitStack() as stack:
+        stack.callback(close_workers, loader, val_loader)
+        trainer = Trainer(cfg, world, log, folder, run, source, loader, val_loader, stop)
+        trainer.asked_batch = asked
+        trainer.open(checkpoint, stack)
+        stack.enter_context(trainer.progress)
+        trainer.train()
+
+
+class Trainer:
+    """The parts of a run and its position."""
+
+    def __init__(
+        self,
+        cfg: CN,
+        world: World,
+        log: RunLog,
+        folder: Path,
+        run: Training,
+        source: ImageSource,
+        loader: DataLoader,
+        val_loader: DataLoader,
+        stop: StopRequest,
+    ) -> None:
+        self.cfg, self.world, self.log, self.folder, self.run, self.stop = cfg, world, log, folder, run, stop
+        self.source, self.loader, self.val_loader = source, loader, val_loader
+        self.updates_per_epoch = loader.batch_sampler.updates_per_epoch
+        self.memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
+        self.store = CheckpointStore(folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS)
+        self.results = Results()
+        self.guard = Guard(cfg.TRAIN.MAX_NONFINITE, cfg.TRAIN.MAX_ROLLBACKS)
+        self.bad = BadImages(world, len(source), cfg.DATA.MAX_BAD_SHARE)
+        self.bad_val = BadImages(world, len(val_loader.dataset), None)
+        self.progress = Progress(world, cfg)
+        self.recorded = 0  # updates up to which the logs of an earlier process are continued
+        self.mesa_from = mesa_starts(cfg) if cfg.TRAIN.MESA else cfg.TRAIN.EPOCHS
+        self.position = Position(0)
+        self.asked_batch = asked_batch(cfg)
+
+    def open(self, checkpoint: Checkpoint | None, stack: contextlib.ExitStack) -> None:
+        """Lock the run folder, start its logs, make its checkpoints agree with the results, take up the position."""
+        per_update = images_per_update(self.cfg, self.world)
+        self.position = self.world.together(lambda: place(checkpoint, self.updates_per_epoch, per_update))
+        if checkpoint is not None:
+            progress = checkpoint.meta["progress"]
+            self.run.train_images, self.run.train_seconds = progress["train_images"], progress["train_seconds"]
+            self.run.seconds = progress["seconds"]
+            self.guard.load(checkpoint.meta["guard"])
+            self.results = Results(checkpoint.meta["results"])
+            self.bad.load(checkpoint.meta["bad_images"])
+            self.recorded = checkpoint.meta["updates"]
+            if checkpoint.meta["images_per_update"] != per_update:
+                _log.warning("images per update were %d, now %d", checkpoint.meta["images_per_update"], per_update)
+        self.world.on_main(lambda: self._open_folder(checkpoint, stack))
+        if checkpoint is not None:
+            _log.info("resumed after %s from %s", self.position, checkpoint.folder)
+            self._event("resumed", epoch=self.position.epoch, slot=self.position.update)
+
+    def _open_folder(self, checkpoint: Checkpoint | None, stack: contextlib.ExitStack) -> None:
+        try:
+            stack.enter_context(folder_lock(self.folder))
+            write_atomic(self.folder / "config.yaml", self.cfg.dump())
+            self.log.open_text(self.folder)
+            self.log.open_series(self.folder, self.recorded)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to run folder {self.folder} ({error.strerror}): choose another --output"
+            ) from error
+        self.store.clean()
+        if checkpoint is not None:
+            if checkpoint.folder.parent != self.store.folder.resolve():
+                self.store.adopt(checkpoint)
+            self.results.forget_missing({position.epoch for position in self.store.positions() if not position.update})
+            # a process killed after saving and before linking left the older links
+            self.store.link(self._links())
+
+    def train(self) -> None:
+        """From the position to the end of the last epoch; then metrics.json."""
+        try:
+            while self.position.epoch < self.cfg.TRAIN.EPOCHS:
+                self.train_epoch()
+                self._finish_epoch()
+        except Interrupted:
+            self._save()
+            self._preempted()
+        metrics = training_metrics(
+            self.results,
+            {
+                "seconds": self.run.elapsed(),
+                "images_per_second": self.run.train_images / self.run.train_seconds,
+                "epochs": self.cfg.TRAIN.EPOCHS,
+                "skipped_updates": self.guard.skipped,
+                "rollbacks": self.guard.rollbacks,
+                "bad_images": self.bad.count,
+                **description(self.cfg, self.world, self.run.network, self.run.amp),
+            },
+        )
+        path = self.world.on_main(lambda: self._write_results(metrics))
+        _log.info(
+            "done in %.0f s: top-1 %.2f%% with %s (epoch %d); see %s",
+            metrics["seconds"],
+            metrics["top1"],
+            metrics["checkpoint"],
+            metrics["epoch"],
+            path,
+        )
+
+    def _write_results(self, metrics: dict) -> Path:
+        bad = self.bad.state()
+        if bad:
+            write_atomic(self.folder / "bad_images.json", json.dumps(bad, indent=1, sort_keys=True) + "\n")
+            _log.warning("%d unreadable training images were replaced; bad_images.json lists them", len(bad))
+        write_metrics(self.folder, metrics)
+        return write_report(self.folder)
+
+    def train_epoch(self) -> None:
+        """The updates from the position to the end of its epoch. Raises Preempted, and UserError for too many bad
+        images and for a run that diverges."""
+        cfg, run = self.cfg, self.run
+        epoch, first = self.position
+        set_train_mode(run.parallel)
+        self.loader.batch_sampler.set_position(epoch, first)
+        accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+        batches = device_batches(self.loader, self.world.device, self.memory_format)
+        meter = Meter(self.world)
+        self.progress.epoch(epoch + 1, self.updates_per_epoch * accumulation, first * accumulation)
+        for slot in range(first, self.updates_per_epoch):
+            rate = max(group["lr"] for group in run.optimizer.param_groups)
+            steps, losses = [], []
+            statistics = [buffer.clone() for buffer in run.statistics]
+            for part in range(accumulation):
+                with meter.waiting():
+                    batch = next(batches)
+                self.bad.add(batch.bad)
+                loss = self._micro_step(epoch, slot * accumulation + part, part + 1 == accumulation, batch)
+                meter.add(loss, len(batch.images))
+                steps.append(batch)
+                losses.append(loss)
+            finite = bool(torch.stack(losses).isfinite().all())
+            update = take_update(run, self.world, finite=finite, stop=bool(self.stop), statistics=statistics)
+            self.position = Position(epoch, slot + 1)
+            run.steps_here += accumulation
+            if update.made:
+                self.guard.made()
+            elif not update.overflow:
+                self._skip(update, slot, steps, losses)
+            # as many lines as micro-steps over PRINT_FREQ
+            before, now = slot * accumulation // cfg.PRINT_FREQ, (slot + 1) * accumulation // cfg.PRINT_FREQ
+            due = now > before or slot + 1 == self.updates_per_epoch
+            self.progress.advance(accumulation, self._measure(meter, rate, update) if due else None)
+            if update.stop:
+                self._save()
+                self._preempted()
+            if self._save_is_due(slot + 1):
+                with meter.paused():
+                    self._save()
+
+    def _save_is_due(self, slots: int) -> bool:
+        """Whether to save inside the epoch, `slots` updates into it; not while updates are being skipped."""
+        every = self.cfg.TRAIN.SAVE_UPDATES
+        return every > 0 and slots % every == 0 and slots < self.updates_per_epoch and self.guard.in_a_row == 0
+
+    def _micro_step(self, epoch: int, step: int, closing: bool, batch: Batch) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns the detached loss. `step` counts within the epoch."""
+        run, cfg = self.run, self.cfg
+        seed_step(*self._seed(epoch, step))
+        with exchange(run.parallel, closing):
+            loss = training_loss(run, batch.images, batch.targets, mesa=epoch >= self.mesa_from)
+            run.scaler.scale(loss / cfg.TRAIN.ACCUMULATION_STEPS).backward()
+        return loss.detach()
+
+    def _seed(self, epoch: int, step: int) -> tuple[int, int, int]:
+        """The seed of a micro-step, counted over the whole run."""
+        steps_per_epoch = self.updates_per_epoch * self.cfg.TRAIN.ACCUMULATION_STEPS
+        return self.cfg.SEED, epoch * steps_per_epoch + step, self.world.rank
+
+    def _skip(self, update: Update, slot: int, batches: list[Batch], losses: list[torch.Tensor]) -> None:
+        """Write down an update that was not finite; roll back after too many in a row."""
+        epoch, accumulation = self.position.epoch, self.cfg.TRAIN.ACCUMULATION_STEPS
+        steps = [
+            MicroStep(
+                seed=self._seed(epoch, slot * accumulation + part),
+                loss=loss.item(),
+                images=[self.source.name(key.index) for key in batch.keys],
+                keys=[tuple(key) for key in batch.keys],
+            )
+            for part, (batch, loss) in enumerate(zip(batches, losses, strict=True))
+        ]
+        name = f"{self.position.name}_rank{self.world.rank}"
+        where = {"epoch": epoch, "slot": slot, "updates": self.run.updates, "grad_norm": update.norm}
+        write_dump(self.folder, name, where, steps)
+        self._event("skipped", epoch=epoch, slot=slot, grad_norm=str(update.norm))
+        _log.warning(
+            "update %d of epoch %d skipped: loss %s, gradient norm %s; see nonfinite/%s.json",
+            slot + 1,
+            epoch + 1,
+            steps[-1].loss,
+            update.norm,
+            name,
+        )
+        if self.guard.skip():
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Back to the last checkpoint, but for the data, which go on: the same ones would end the same."""
+        checkpoint = self.world.on_main(self.store.newest_valid)
+        if checkpoint is None:
+            raise UserError(
+                f"{self.guard.max_in_a_row + 1} updates in a row were not finite before the first checkpoint was "
+                "written: lower TRAIN.BASE_LR or use --amp off"
+            )
+        restore(self.run, checkpoint, images_per_update(self.cfg, self.world))
+        self._event("rolled_back", epoch=self.position.epoch, slot=self.position.update, to=checkpoint.position.name)
+        _log.warning("rolled back to %s; the data go on from %s", checkpoint.folder, self.position)
+
+    def _measure(self, meter: Meter, rate: float, update: Update) -> dict[str, float]:
+        """What a line of progress says; recorded in the logs. All ranks must call it."""
+        cfg, run = self.cfg, self.run
+        accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+        steps, iteration = self.updates_per_epoch * accumulation, self.position.update * accumulation
+        self.bad.share()
+        values = meter.finish(run)
+        remaining = (cfg.TRAIN.EPOCHS - self.position.epoch) * steps - iteration
+        eta = (time.perf_counter() - run.started) / run.steps_here * remaining
+        values |= {"lr": rate, "grad_norm": update.norm, "eta_seconds": eta}
+        values["memory_mb"] = peak_memory_mb(self.world.device)
+        if run.scaler.is_enabled():
+            values["loss_scale"] = run.scaler.get_scale()
+        self.log.record("train", run.updates, {"epoch": self.position.epoch + 1, "iteration": iteration, **values})
+        return values
+
+    def _finish_epoch(self) -> None:
+        """Validate plain and averaged weights, log, and save with the bests known."""
+        run, world = self.run, self.world
+        epoch = self.position.epoch + 1
+        models = {"model": run.network} | ({"model_ema": run.ema.module} if run.ema else {})
+        validated = validate(
+            models, self.val_loader, run.amp, world, self.bad_val, self.stop, memory_format=self.memory_format
+        )
+        self.results.add(epoch, validated)
+        values = {"epoch": epoch, "images": validated["model"].images, "excluded": self.bad_val.count}
+        for weights, accuracy in validated.items():
+            prefix = "ema_" if weights == "model_ema" else ""
+            values |= {f"{prefix}top1": accuracy.top1, f"{prefix}top5": accuracy.top5, f"{prefix}loss": accuracy.loss}
+        values["seconds"] = run.elapsed()
+        self.log.record("val", run.updates, values)
+        bests = self.results.bests().items()
+        best = ", ".join(f"{weights} {record['top1']:.2f}% (epoch {record['epoch']})" for weights, record in bests)
+        latest = summary(self.results.latest())
+        _log.info("epoch %d/%d validation: %s; best: %s", epoch, self.cfg.TRAIN.EPOCHS, latest, best)
+        self.position = Position(epoch)
+        self._save()
+
+    def _save(self) -> None:
+        """A checkpoint of the position. All ranks must call it."""
+        # gradients were finite, but an update can still overflow
+        finite = all(tensor.isfinite().all() for tensor in self.run.network.state_dict().values())
+        if self.world.sum([not finite])[0]:
+            raise UserError(
+                f"weights became infinite or nan before {self.position}; the last checkpoint is intact: lower "
+                "TRAIN.BASE_LR and continue with --resume auto"
+            )
+        self.bad.share()
+        state = collect(self.run)
+        self.world.on_main(lambda: self._write_checkpoint(state))
+
+    def _write_checkpoint(self, state: dict) -> None:
+        latest = self.results.latest()
+        self.store.save(
+            self.position,
+            model=state.pop("model"),
+            ema=state.pop("ema"),
+            train_state=state,
+            meta={
+                "results": self.results.records,
+                "weights": better_weights(latest) if latest else "model",
+                "progress": {
+                    "train_images": self.run.train_images,
+                    "train_seconds": self.run.train_seconds,
+                    "seconds": self.run.elapsed(),
+                },
+                "guard": self.guard.state(),
+                "bad_images": self.bad.state(),
+                "updates": self.run.updates,
+                "processes": self.world.size,
+                "asked_batch": self.asked_batch,
+                "images_per_update": images_per_update(self.cfg, self.world),
+                "config": self.cfg.dump(),
+                "versions": versions(),
+            },
+        )
+        self.store.link(self._links())
+
+    def _links(self) -> dict[str, Position]:
+        """Checkpoint links and where they point."""
+        bests = {name: Position(epoch) for name, epoch in self.results.best_epochs().items()}
+        return {"last": self.position, **bests}
+
+    def _preempted(self) -> None:
+        self._event("preempted", signal=self.stop.signal, epoch=self.position.epoch, slot=self.position.update)
+        raise Preempted(
+            f"stopped by {self.stop.signal or 'a signal to another process'} after {self.position}; saved in "
+            f"{self.store.folder / self.position.name}: continue with --resume auto"
+        )
+
+    def _event(self, what: str, **values: float | str) -> None:
+        self.log.record("event", self.run.updates, {"what": what, **values})
