@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests, several at a time: bash run_tests.sh [--fast] [pytest arguments]
+# Sets up .venv and runs the tests, several at a time: bash run_tests.sh [--fast] [--all] [pytest arguments]
 #   --fast   only what needs no OpenMMLab packages
+#   --all    also the tests that repeat at length what others hold in short
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/environment.sh
