@@ -28,6 +28,7 @@ LIBRARIES = {
 }
 SCRIPTS = ("detection", "segmentation", "analyze")
 BUILDS = ("auto", "none", "cpu", "cuda")
+SHARED_HEADERS = [Path("kernels/csrc/buffers.h")]
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 
 build = os.environ.get("SSM_OPS_BUILD", "auto")
@@ -53,7 +54,7 @@ def cpu_extension() -> Extension:
     return Extension(
         "ssm_ops._cpu",
         sources=sorted(map(str, folder.glob("*.cpp"))),
-        depends=sorted(map(str, folder.glob("*.h"))),
+        depends=sorted(map(str, [*folder.glob("*.h"), *SHARED_HEADERS])),
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
         optional=build == "auto",
@@ -110,7 +111,7 @@ def cuda_extension() -> Extension:
     return Extension(
         "ssm_ops._cuda",
         sources=sorted(map(str, folder.glob("*.cu"))),
-        depends=sorted(map(str, folder.glob("*.cuh"))),
+        depends=sorted(map(str, [*folder.glob("*.cuh"), *SHARED_HEADERS])),
         extra_compile_args=["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"],
         optional=build == "auto",
     )

@@ -8,35 +8,15 @@ Shapes: B batch, D channels, L pixels, K routes, N state, R rank of the step siz
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._native import library
+from ._interface import BLOCK, CPU_CHUNK, Buffer, Ss2dArguments
+from ._native import call
 
-STATE_CHUNK = 64
+STATE_CHUNK = CPU_CHUNK
 """Pixels of a route between two saved states."""
-
-_BLOCK = 16
-_MAPS = 4
-_POINTERS_IN = ("dy", "proj", "dt_weight", "A", "D", "bias")
-_POINTERS_OUT = ("states", "dproj", "ddt_weight", "dA", "dD", "dbias", "order")
-_SIZES = ("batch", "dim", "length", "state", "rank", "parts", "routes")
-
-
-class _Arguments(ctypes.Structure):
-    """`Ss2dArguments` of ss2d_scan.cpp."""
-
-    _fields_ = [
-        ("x", ctypes.c_void_p * _MAPS),
-        *((name, ctypes.c_void_p) for name in (*_POINTERS_IN, "y")),
-        ("dx", ctypes.c_void_p * _MAPS),
-        *((name, ctypes.c_void_p) for name in _POINTERS_OUT),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("threads", ctypes.c_int32),
-    ]
 
 
 class ImageScan:
@@ -51,8 +31,8 @@ class ImageScan:
 
     def __init__(self, maps: list[Tensor], proj, dt_weight, A, D, bias, order: Tensor):
         self.batch, self.length, dim = maps[0].shape
-        self.missing = -dim % _BLOCK
-        self.dim, self.blocks = dim + self.missing, -(-dim // _BLOCK)
+        self.missing = -dim % BLOCK
+        self.dim, self.blocks = dim + self.missing, -(-dim // BLOCK)
         self.state, self.rank = A.shape[2], dt_weight.shape[2]
         self.routes = A.shape[0]
         self.maps = [self.as_map(x) for x in maps]
@@ -73,10 +53,10 @@ class ImageScan:
     def forward(self) -> tuple[Tensor, Tensor]:
         """The sum of all routes (B, L, D) and the states before every chunk (S + 1, B, K, N, D)."""
         chunks = -(-self.length // STATE_CHUNK)
-        states = torch.empty(chunks + 1, self.batch, self.routes, self.state, self.dim)
-        y = torch.empty(self.batch, self.length, self.dim)
+        states = self._empty(chunks + 1, self.batch, self.routes, self.state, self.dim)
+        y = self._empty(self.batch, self.length, self.dim)
         parts = _forward_parts(self.batch, self.blocks, torch.get_num_threads())
-        self._run(library().ss2d_scan_forward, parts, y=y, states=states)
+        self._run("forward", parts, y=y, states=states)
         states[chunks] = 0  # not written by the library, nor read: the same call gives the same bits
         own = self.dim - self.missing
         return y[..., :own], states[..., :own].contiguous()
@@ -84,34 +64,35 @@ class ImageScan:
     def backward(self, dy: Tensor, states: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of maps, proj, dt_weight, A, D, bias."""
         parts = _backward_parts(self.batch, self.blocks)
-        dx = [torch.empty(self.batch, self.length, self.dim) for _ in self.maps]
-        dproj = torch.empty(parts, *self.inputs["proj"].shape)
+        dx = [self._empty(self.batch, self.length, self.dim) for _ in self.maps]
+        dproj = self._empty(parts, *self.inputs["proj"].shape)
         # by channel: (B, K, D, *)
         grads = {
-            name: torch.empty(self.batch, self.routes, self.dim, *last)
+            name: self._empty(self.batch, self.routes, self.dim, *last)
             for name, last in (("ddt_weight", (self.rank,)), ("dA", (self.state,)), ("dD", ()), ("dbias", ()))
         }
-        states = F.pad(states, (0, self.missing)) if self.missing else states
+        states = F.pad(states, (0, self.missing)) if self.missing else states.contiguous()
         more = {"dy": self.as_map(dy), "states": states, "dproj": dproj, **grads}
-        self._run(library().ss2d_scan_backward, parts, dx, **more)
+        self._run("backward", parts, dx, **more)
         own = self.dim - self.missing
         by_channel = (_add(g)[:, :own].contiguous() for g in grads.values())
         return [d[..., :own] for d in dx], _add(dproj), *by_channel
 
-    def _run(self, function, parts: int, dx: list[Tensor] | None = None, **tensors: Tensor) -> None:
-        a = _Arguments()
+    def _empty(self, *shape: int) -> Tensor:
+        return self.maps[0].new_empty(shape, dtype=torch.float32)
+
+    def _run(self, direction: str, parts: int, dx: list[Tensor] | None = None, **tensors: Tensor) -> None:
+        a = Ss2dArguments()
         for route in range(self.routes):
             i = min(route, len(self.maps) - 1)
-            a.x[route] = self.maps[i].data_ptr()
-            a.dx[route] = dx[i].data_ptr() if dx else None
+            a.x[route] = Buffer.of(self.maps[i])
+            if dx:
+                a.dx[route] = Buffer.of(dx[i])
         for name, tensor in (self.inputs | tensors).items():
-            setattr(a, name, tensor.data_ptr())
-        for name in _SIZES:
-            setattr(a, name, parts if name == "parts" else getattr(self, name))
-        a.threads = torch.get_num_threads()
-        if function(ctypes.byref(a)):
-            shape = (self.batch, self.length, self.dim)
-            raise MemoryError(f"no memory for the buffers of a scan over {shape}; use fewer threads")
+            setattr(a, name, Buffer.of(tensor))
+        a.batch, a.dim, a.length, a.state, a.rank = self.batch, self.dim, self.length, self.state, self.rank
+        a.parts, a.routes, a.threads = parts, self.routes, torch.get_num_threads()
+        call("cpu", f"ss2d_scan_{direction}", a)
 
 
 def _fill_channels(x: Tensor, missing: int) -> Tensor:

@@ -22,7 +22,7 @@ from . import _native
 
 NAMESPACE = "ssm_ops"
 IMPLS = ("reference", "cpu", "triton", "cuda")
-BUILD_COMMAND = "pip install -e . --no-build-isolation"
+BUILD_COMMAND = _native.BUILD_COMMAND
 
 
 def _default_impl() -> str:
@@ -33,7 +33,7 @@ def _default_impl() -> str:
 
 
 DEFAULT_IMPL = _default_impl()
-"""What ``impl="auto"`` means; from the environment variable ``SSM_OPS_IMPL``, read once, here."""
+"""What ``impl="auto"`` prefers; from the environment variable ``SSM_OPS_IMPL``, read once, here."""
 
 
 TRITON_NEEDED = (3, 3)  # has tl.gather
@@ -97,28 +97,26 @@ def declare(
 
 
 # What this process has, found out once: a compiler that traces `resolve` must not meet searches of the file system.
-_NO_TRITON = _triton_problem()
+_MISSING = {impl: why for impl, why in (_native.PROBLEMS | {"triton": _triton_problem()}).items() if why is not None}
 _INTERPRETS_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_unavailable(operator: Operator, impl: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
     """None if `impl` can compute `operator` on this kind of device (and dtype), else the reason and the remedy."""
-    found = operator.find(impl)
-    if found is None:
+    if operator.find(impl) is None:
         return f"{operator.name} has no {impl} implementation"
-    if impl in _native.PATHS and _native.PATHS[impl] is None:
-        return f"the {impl} library is not built: SSM_OPS_BUILD={impl} {BUILD_COMMAND}"
+    return _MISSING.get(impl) or _why_unfit(operator, impl, device_type, dtype)
+
+
+def _why_unfit(operator: Operator, impl: str, device_type: str, dtype: torch.dtype | None) -> str | None:
+    """None if `impl`, once ready, computes `operator` on this kind of device (and dtype), else the reason."""
     if impl != "reference" and None not in (dtype, operator.kernel_dtypes) and dtype not in operator.kernel_dtypes:
         return f"it computes in {', '.join(map(str, operator.kernel_dtypes))}, not in {dtype}"
-    if impl == "triton":
-        if _NO_TRITON is not None:
-            return _NO_TRITON
-        if device_type == "cpu" and not _INTERPRETS_TRITON:
-            return "triton runs on CPU tensors only under TRITON_INTERPRET=1"
-        if device_type == "cpu":
-            return None
-    if found.devices is not None and device_type not in found.devices:
-        return f"it serves {', '.join(found.devices)} tensors, not {device_type}"
+    if impl == "triton" and device_type == "cpu":
+        return None if _INTERPRETS_TRITON else "triton runs on CPU tensors only under TRITON_INTERPRET=1"
+    devices = operator.find(impl).devices
+    if devices is not None and device_type not in devices:
+        return f"it serves {', '.join(devices)} tensors, not {device_type}"
     return None
 
 
@@ -132,18 +130,19 @@ _WARNED: set[str] = set()
 
 
 def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation to run. ``auto`` takes the fastest available; an explicit name never falls back.
+    """The implementation to run. ``auto`` takes what ``SSM_OPS_IMPL`` prefers, if that can run, else the fastest
+    available, and warns once of a faster one that is not ready. An explicit name never falls back.
 
     Raises:
         ValueError: `impl` is not a known name.
         RuntimeError: the named implementation cannot run on `device` or in `dtype`; says why and what can.
     """
     if impl == "auto":
-        impl = DEFAULT_IMPL
-    if impl == "auto":
         name = available(operator, device.type, dtype)[0]
-        if name == "reference" and device.type == "cuda" and not torch.compiler.is_compiling():
-            _warn_slow(operator)
+        if DEFAULT_IMPL != "auto" and why_unavailable(operator, DEFAULT_IMPL, device.type, dtype) is None:
+            name = DEFAULT_IMPL
+        elif not torch.compiler.is_compiling():
+            _warn_of_missing(operator, name, device.type, dtype)
         return name
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
@@ -157,15 +156,24 @@ def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dt
     return impl
 
 
-def _warn_slow(operator: Operator) -> None:
-    if operator.name not in _WARNED:
-        _WARNED.add(operator.name)
-        warnings.warn(
-            f"ssm_ops: {operator.name} runs its slow reference implementation on a CUDA tensor; "
-            f"build the fast ones with `{BUILD_COMMAND}`, see `python -m ssm_ops`",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+def _warn_of_missing(operator: Operator, taken: str, device_type: str, dtype: torch.dtype) -> None:
+    """Once per reason: a faster implementation would fit but is not ready, and the reference runs in its place; or the
+    preferred one, or one whose library is there but of no use."""
+    for implementation in operator.implementations:
+        impl = implementation.name
+        if impl == taken:
+            return
+        reason = _MISSING.get(impl)
+        if reason is None or reason in _WARNED or _why_unfit(operator, impl, device_type, dtype) is not None:
+            continue
+        if taken == "reference" or impl == DEFAULT_IMPL or _native.PATHS.get(impl) is not None:
+            _WARNED.add(reason)
+            slow = "its slow reference implementation" if taken == "reference" else taken
+            warnings.warn(
+                f"ssm_ops: {operator.name} runs {slow} on {device_type} tensors: {reason}; see `python -m ssm_ops`",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 # ---- registration --------------------------------------------------------------------------------------------------

@@ -1,13 +1,50 @@
-"""The compiled libraries: plain C interfaces (csrc/cpu, csrc/cuda), called through ctypes, so they fit every torch."""
+"""The compiled libraries: plain C interfaces (csrc/cpu, csrc/cuda), called through ctypes, so they fit every torch.
+
+A library is used only if what it says of itself is what _interface.py says: one that was built before an update of the
+sources would read its arguments from wrong places.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 
-import torch
-from torch import Tensor
+import torch  # noqa: F401  before the libraries: they share its OpenMP (same soname), so there is one pool of threads
+
+from ._interface import AGREED
+
+
+class _Agreement(ctypes.Structure):
+    """`Agreement` of buffers.h."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_int64)]
+
+
+BUILD_COMMAND = "pip install -e . --no-build-isolation"
+
+
+def load(path: str, agreed: dict[str, int]) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library at `path`, or None and why it cannot be used.
+
+    Args:
+        agreed: what it has to say of itself, numbers by name.
+    """
+    try:
+        loaded = ctypes.CDLL(path)
+    except OSError as error:
+        return None, f"at {path} cannot be loaded ({' '.join(str(error).split())})"
+    if not hasattr(loaded, "ssm_ops_abi"):
+        return None, f"at {path} is stale (older than ssm_ops_abi)"
+    loaded.ssm_ops_abi.restype = ctypes.POINTER(_Agreement)
+    said = {}
+    for entry in loaded.ssm_ops_abi() or ():  # a pointer, so the last entry must end it
+        if entry.name is None:
+            break
+        said[entry.name.decode()] = entry.value
+    for name in {**agreed, **said}:
+        if said.get(name) != agreed.get(name):
+            return None, f"at {path} is stale ({name} is {said.get(name)}, these sources need {agreed.get(name)})"
+    return loaded, None
 
 
 def _find(name: str) -> str | None:
@@ -15,43 +52,32 @@ def _find(name: str) -> str | None:
     return None if found is None else found.origin
 
 
-PATHS = {"cpu": _find("cpu"), "cuda": _find("cuda")}
+def _say(name: str, problem: str) -> str:
+    return f"the {name} library {problem}: SSM_OPS_BUILD={name} {BUILD_COMMAND}"
+
+
+PATHS = {name: _find(name) for name in AGREED}
 """Of the libraries, None where one is not built."""
 
+# At import, which takes a millisecond: a compiler that traces the choice of an implementation must not meet it.
+_LOADED = {name: (None, "is not built") if path is None else load(path, AGREED[name]) for name, path in PATHS.items()}
 
-@functools.cache
-def library(name: str = "cpu") -> ctypes.CDLL:
-    # torch is imported, so its OpenMP is loaded, and the CPU library shares it (same soname): one pool of threads
-    loaded = ctypes.CDLL(PATHS[name])
-    if name == "cuda":  # its functions return None or what went wrong
-        for direction in ("forward", "backward"):
-            for dtype in ("float32", "float16", "bfloat16"):
-                getattr(loaded, f"selective_scan_{direction}_{dtype}").restype = ctypes.c_char_p
-    return loaded
+PROBLEMS = {name: None if problem is None else _say(name, problem) for name, (_, problem) in _LOADED.items()}
+"""Why a library cannot be used, with the command that mends it; None for those that can."""
 
 
-class Map(ctypes.Structure):
-    """A tensor (batch, channel, time) with its strides in elements; `repeat` channels of a scan share each channel."""
+def call(library: str, function: str, arguments: ctypes.Structure) -> None:
+    """Run a function of a library.
 
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("channel", ctypes.c_int64),
-        ("time", ctypes.c_int64),
-        ("repeat", ctypes.c_int64),
-    ]
-
-
-def as_map(x: Tensor | None, channels: int) -> Map:
-    if x is None:
-        return Map(None, 0, 0, 0, 1)
-    return Map(x.data_ptr(), *x.stride(), max(channels // x.shape[1], 1))
-
-
-def pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def as_float(x: Tensor | None) -> Tensor | None:
-    """float32, strides kept: the library computes in float32 only."""
-    return x if x is None or x.dtype == torch.float32 else x.float()  # a call that changes nothing takes a microsecond
+    Raises:
+        MemoryError: there was none for its buffers.
+        RuntimeError: the library is not there, refused the arguments, or did not start; says why.
+    """
+    if PROBLEMS[library] is not None:  # a program that was exported elsewhere names its implementation
+        raise RuntimeError(f"{function}: {PROBLEMS[library]}")
+    run = getattr(_LOADED[library][0], function)
+    run.restype = ctypes.c_char_p  # null, or what went wrong
+    problem = run(ctypes.byref(arguments))
+    if problem is not None:
+        problem = f"{function}: {problem.decode()}"
+        raise MemoryError(problem) if ": no memory" in problem else RuntimeError(problem)

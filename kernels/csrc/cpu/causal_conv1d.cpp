@@ -14,20 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "map.h"
-
-extern "C" {
-
-struct ConvArguments {
-    Map x, dout;
-    const float *weight, *bias;       // (D, K), (D) or null
-    float *out, *dx;                  // (B, D, L), or (B, L, D) with channels_last
-    float *dweight, *dbias;           // (B, D, K), (B, D)
-    int64_t batch, dim, length, taps;
-    int32_t silu, reverse, channels_last, threads;
-};
-
-}  // extern "C"
+#include "interface.h"
 
 #define SSM_KERNELS "causal_conv1d_kernels.h"
 #include "for_each_target.h"
@@ -38,9 +25,35 @@ static void run(const ConvArguments& a, void (*block)(const ConvArguments&, int6
     for (int64_t i = 0; i < a.batch * blocks; i++) block(a, i / blocks, i % blocks);
 }
 
+// What both directions read.
+static Check check(const ConvArguments& a) {
+    Check c;
+    c.that(a.taps >= 1 && a.threads >= 1, "there are %lld taps and %d threads", (long long)a.taps, a.threads);
+    check_map(c, "x", a.x, a.batch, a.dim, a.length);
+    c.buffer("weight", a.weight, FLOAT32, a.dim * a.taps);
+    c.optional("bias", a.bias, FLOAT32, a.dim);
+    return c;
+}
+
 extern "C" {
 
-SSM_EXPORT void causal_conv1d_forward(const ConvArguments* a) { run(*a, SSM_BEST(forward_block)); }
-SSM_EXPORT void causal_conv1d_backward(const ConvArguments* a) { run(*a, SSM_BEST(backward_block)); }
+SSM_EXPORT const char* causal_conv1d_forward(const ConvArguments* arguments) {
+    const ConvArguments& a = *arguments;
+    Check c = check(a);
+    c.buffer("out", a.out, FLOAT32, a.batch * a.dim * a.length);
+    if (!c.problem()) run(a, SSM_BEST(forward_block));
+    return c.problem();
+}
+
+SSM_EXPORT const char* causal_conv1d_backward(const ConvArguments* arguments) {
+    const ConvArguments& a = *arguments;
+    Check c = check(a);
+    check_map(c, "dout", a.dout, a.batch, a.dim, a.length);
+    c.buffer("dx", a.dx, FLOAT32, a.batch * a.dim * a.length);
+    c.buffer("dweight", a.dweight, FLOAT32, a.batch * a.dim * a.taps);
+    c.buffer("dbias", a.dbias, FLOAT32, a.batch * a.dim);
+    if (!c.problem()) run(a, SSM_BEST(backward_block));
+    return c.problem();
+}
 
 }  // extern "C"

@@ -13,21 +13,8 @@
 #include <cstring>
 #include <utility>
 
+#include "interface.h"
 #include "platform.h"
-
-extern "C" {
-
-struct CrossArguments {
-    void *map, *routes;                  // (B, 4 or 1, C, H, W) and (B, 4, C, L), of any strides, in elements, ...
-    int64_t map_batch, map_route, map_stride[3];
-    int64_t route_batch, route_route, route_channel, route_place;
-    int64_t batch, size[3];              // B; C, H, W
-    int32_t map_last, routes_last;       // ... but 1 for the channel ("last"), or for the column and the place
-    int32_t columns, backwards;          // bit k: does route k walk the columns? backwards?
-    int32_t one_by_one, threads;
-};
-
-}  // extern "C"
 
 namespace {
 
@@ -341,31 +328,52 @@ SSM_VERSIONS void merge_bfloat16(const Args& a, const Tile& tile) { merge<BFloat
 SSM_VERSIONS void merge_float32(const Args& a, const Tile& tile) { merge<Whole<float, uint32_t>>(a, tile); }
 SSM_VERSIONS void merge_float64(const Args& a, const Tile& tile) { merge<Whole<double, uint64_t>>(a, tile); }
 
-void for_tiles(const Args& a, void (*run)(const Args&, const Tile&)) {
+Check check(const Args& a) {
+    Check c;
+    c.dtype("the result", a.routes_dtype, a.map_dtype);
+    c.that(a.map_routes == (a.one_by_one ? 4 : 1), "there are %lld maps", (long long)a.map_routes);
+    const int64_t routes[] = {a.batch, 4, a.size[CHANNEL], a.size[ROW] * a.size[COLUMN]};
+    c.shape("the routes", a.routes_size, routes);
+    c.that(a.map_stride[a.map_last ? CHANNEL : COLUMN] == 1, "the map is not contiguous along its channels or columns");
+    c.that((a.routes_last ? a.route_channel : a.route_place) == 1, "the routes are not contiguous along either dimension");
+    c.that(a.threads >= 1, "there are %d threads", a.threads);
+    return c;
+}
+
+using Run = void (*)(const Args&, const Tile&);
+
+const char* for_tiles(const Args& a, const Check& check, Run run) {
+    if (check.problem()) return check.problem();
     const Tiling tiling = make_tiling(a);
     const int64_t count = a.batch * tiling.count[0] * tiling.count[1] * tiling.count[2];
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t i = 0; i < count; i++) run(a, make_tile(a, tiling, i));
+    return nullptr;
+}
+
+// A scan only moves: it asks for the size of a number alone.
+const char* move(const Args& a, Run of_2_bytes, Run of_4_bytes, Run of_8_bytes) {
+    Check c = check(a);
+    const int64_t bytes = bytes_of(a.map_dtype);
+    c.that(bytes != 0, "the map holds %s", name_of(a.map_dtype));
+    return for_tiles(a, c, bytes == 2 ? of_2_bytes : bytes == 4 ? of_4_bytes : of_8_bytes);
 }
 
 }  // namespace
 
 extern "C" {
 
-// By the size of a number: a scan only moves.
-SSM_EXPORT void cross_scan_2(const CrossArguments* a) { for_tiles(*a, scan16); }
-SSM_EXPORT void cross_scan_4(const CrossArguments* a) { for_tiles(*a, scan32); }
-SSM_EXPORT void cross_scan_8(const CrossArguments* a) { for_tiles(*a, scan64); }
+SSM_EXPORT const char* cross_scan(const CrossArguments* a) { return move(*a, scan16, scan32, scan64); }
 
 // Four routes into four maps
-SSM_EXPORT void cross_unscan_2(const CrossArguments* a) { for_tiles(*a, unscan16); }
-SSM_EXPORT void cross_unscan_4(const CrossArguments* a) { for_tiles(*a, unscan32); }
-SSM_EXPORT void cross_unscan_8(const CrossArguments* a) { for_tiles(*a, unscan64); }
+SSM_EXPORT const char* cross_unscan(const CrossArguments* a) { return move(*a, unscan16, unscan32, unscan64); }
 
 // Four routes into their sum
-SSM_EXPORT void cross_merge_float16(const CrossArguments* a) { for_tiles(*a, merge_float16); }
-SSM_EXPORT void cross_merge_bfloat16(const CrossArguments* a) { for_tiles(*a, merge_bfloat16); }
-SSM_EXPORT void cross_merge_float32(const CrossArguments* a) { for_tiles(*a, merge_float32); }
-SSM_EXPORT void cross_merge_float64(const CrossArguments* a) { for_tiles(*a, merge_float64); }
+SSM_EXPORT const char* cross_merge(const CrossArguments* a) {
+    Check c = check(*a);
+    const Run runs[] = {nullptr, merge_float32, merge_float16, merge_bfloat16, merge_float64};  // as in DType
+    c.that(a->map_dtype >= FLOAT32 && a->map_dtype <= FLOAT64, "the map holds %s", name_of(a->map_dtype));
+    return for_tiles(*a, c, c.problem() ? nullptr : runs[a->map_dtype]);
+}
 
 }  // extern "C"

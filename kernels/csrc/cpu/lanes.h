@@ -4,7 +4,7 @@
 // Elementary functions are polynomials, because calls into libm would not become vector operations. Their errors are
 // about one unit in the last place; NaN stays NaN. (Powers saturate at 1e-38 and 8e37 instead of 0 and infinity.)
 
-constexpr int W = 16;  // channels of a block
+constexpr int W = BLOCK;  // channels
 constexpr int NATIVE = SSM_NATIVE, PARTS = W / NATIVE;
 
 typedef float Native __attribute__((vector_size(4 * SSM_NATIVE)));

@@ -7,8 +7,7 @@
 
 #include "lanes.h"
 
-constexpr int T = 64;  // tokens of a chunk; STATE_CHUNK["cpu"] of the operators
-constexpr int MAX_STATE = 256;
+constexpr int T = CHUNK;  // tokens
 
 // Floats of a tile (T, W), and a cache line more: tiles lie one behind the other on the stack, and if equal places of all
 // of them had equal addresses modulo 4096, a load would wait for the store to another tile before it.

@@ -17,45 +17,69 @@
 #include <initializer_list>
 #include <utility>
 
-#include "map.h"
-
-extern "C" {
-
-struct ScanArguments {
-    Map u, delta, z, dout;          // z.data may be null
-    const float *A, *D, *bias;      // (D, N), (D) or null, (Dd) or null
-    const float *B, *C;             // (B, G, N, L), strides below
-    int64_t b_batch, b_group, b_state, b_time;
-    int64_t c_batch, c_group, c_state, c_time;
-    float *out, *last, *states;     // (B, D, L), (B, D, N), (S + 1, B, G, N, E)
-    float *du, *ddelta, *dz;        // (B, D, L) each; ddelta per channel of u
-    float *dA, *dD, *dbias;         // (B, D, N), (B, D), (B, D): the caller sums over the samples
-    float *dB, *dC;                 // (parts, B, G, N, L)
-    int64_t batch, dim, length, state, groups, parts;
-    int32_t softplus, threads;
-};
-
-}  // extern "C"
+#include "interface.h"
 
 #define SSM_KERNELS "selective_scan_kernels.h"
 #include "for_each_target.h"
 
-constexpr int W = baseline::W;  // the same for all
+// What both directions read.
+static Check check(const ScanArguments& a) {
+    Check c;
+    c.that(a.groups >= 1 && a.dim % a.groups == 0, "%lld groups do not divide %lld channels", (long long)a.groups,
+           (long long)a.dim);
+    c.that(a.state >= 1 && a.state <= MAX_STATE, "the state size is %lld, not 1 to %d", (long long)a.state, MAX_STATE);
+    c.that(a.threads >= 1, "there are %d threads", a.threads);
+    check_map(c, "u", a.u, a.batch, a.dim, a.length);
+    check_map(c, "delta", a.delta, a.batch, a.dim, a.length);
+    if (a.z.dtype != ABSENT) check_map(c, "z", a.z, a.batch, a.dim, a.length);
+    const int64_t shape[] = {a.batch, a.groups, a.state, a.length};
+    for (const StateMap* map : {&a.B, &a.C}) {
+        const char* const name = map == &a.B ? "B" : "C";
+        c.dtype(name, map->dtype, FLOAT32);
+        c.shape(name, map->size, shape);
+    }
+    c.buffer("A", a.A, FLOAT32, a.dim * a.state);
+    c.optional("D", a.D, FLOAT32, a.dim);
+    c.optional("delta_bias", a.bias, FLOAT32, a.delta.size[1]);
+    c.buffer("states", a.states, FLOAT32, ((a.length + CHUNK - 1) / CHUNK + 1) * a.batch * a.state * a.dim);
+    return c;
+}
+
+// Of a group
+static int64_t blocks_of(const ScanArguments& a) { return (a.dim / a.groups + BLOCK - 1) / BLOCK; }
 
 extern "C" {
 
-SSM_EXPORT void selective_scan_forward(const ScanArguments* arguments) {
+SSM_EXPORT const char* selective_scan_forward(const ScanArguments* arguments) {
     const ScanArguments& a = *arguments;
-    const int64_t blocks = (a.dim / a.groups + W - 1) / W, all = a.batch * a.groups * blocks;
+    Check c = check(a);
+    c.buffer("out", a.out, FLOAT32, a.batch * a.dim * a.length);
+    c.buffer("last", a.last, FLOAT32, a.batch * a.dim * a.state);
+    if (c.problem()) return c.problem();
+
+    const int64_t blocks = blocks_of(a), all = a.batch * a.groups * blocks;
     const auto forward_block = SSM_BEST(forward_block);
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t i = 0; i < all; i++) forward_block(a, i / (a.groups * blocks), i / blocks % a.groups, i % blocks);
+    return nullptr;
 }
 
-// dB and dC must be zero on entry.
-SSM_EXPORT void selective_scan_backward(const ScanArguments* arguments) {
+SSM_EXPORT const char* selective_scan_backward(const ScanArguments* arguments) {
     const ScanArguments& a = *arguments;
-    const int64_t blocks = (a.dim / a.groups + W - 1) / W, all = a.parts * a.batch * a.groups;
+    const int64_t numbers = a.batch * a.dim * a.length, sums = a.parts * a.batch * a.groups * a.state * a.length;
+    Check c = check(a);
+    check_map(c, "dout", a.dout, a.batch, a.dim, a.length);
+    c.buffer("du", a.du, FLOAT32, numbers);
+    c.buffer("ddelta", a.ddelta, FLOAT32, numbers);
+    c.buffer("dz", a.dz, FLOAT32, a.z.data ? numbers : 0);
+    c.buffer("dA", a.dA, FLOAT32, a.batch * a.dim * a.state);
+    c.buffer("dD", a.dD, FLOAT32, a.batch * a.dim);
+    c.buffer("dbias", a.dbias, FLOAT32, a.batch * a.dim);
+    c.buffer("dB", a.dB, FLOAT32, sums);
+    c.buffer("dC", a.dC, FLOAT32, sums);
+    if (c.problem()) return c.problem();
+
+    const int64_t blocks = blocks_of(a), all = a.parts * a.batch * a.groups;
     const auto backward_block = SSM_BEST(backward_block);
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t i = 0; i < all; i++) {
@@ -65,6 +89,7 @@ SSM_EXPORT void selective_scan_backward(const ScanArguments* arguments) {
         for (int64_t k = part * blocks / a.parts; k < (part + 1) * blocks / a.parts; k++)
             backward_block(a, b, g, k, dB, dC);
     }
+    return nullptr;
 }
 
 }  // extern "C"

@@ -21,8 +21,8 @@ SSM_INLINE Block make_block(const Args& a, int64_t b, int64_t g, int64_t index) 
             g,
             g * per_group + offset,
             static_cast<int>(left < W ? left : W),
-            a.B + b * a.b_batch + g * a.b_group,
-            a.C + b * a.c_batch + g * a.c_group};
+            a.B.data + b * a.B.batch + g * a.B.group,
+            a.C.data + b * a.C.batch + g * a.C.group};
 }
 
 SSM_INLINE float* state_slot(const Args& a, const Block& k, int64_t chunk) {
@@ -75,8 +75,8 @@ struct Parameters {
             for (int c = 0; c < k.lanes; c++) column[c] = a.A[(k.first + c) * a.state + n];
             A[m] = load(column);
             for (int t = 0; t < s.tokens; t++) {
-                B[m * T + t] = k.B[n * a.b_state + (s.start + t) * a.b_time];
-                C[m * T + t] = k.C[n * a.c_state + (s.start + t) * a.c_time];
+                B[m * T + t] = k.B[n * a.B.state + (s.start + t) * a.B.time];
+                C[m * T + t] = k.C[n * a.C.state + (s.start + t) * a.C.time];
             }
             for (int t = s.tokens; t < whole_groups(s.tokens); t++) B[m * T + t] = C[m * T + t] = 0.0f;
         }

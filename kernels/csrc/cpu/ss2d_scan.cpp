@@ -17,27 +17,32 @@
 #include <initializer_list>
 #include <utility>
 
-extern "C" {
-
-struct Ss2dArguments {
-    const float *x[4], *dy;          // (B, L, D): the map that each route reads, and the gradient of y
-    const float* proj;               // (B, L, K, F): R numbers for dt, then B, then C, per pixel and route
-    const float *dt_weight, *A, *D, *bias;  // (K, D, R), (K, D, N), (K, D), (K, D)
-    float *y, *dx[4];                // (B, L, D); routes that read the same map add to the same gradient
-    float* states;                   // (S, B, K, N, D)
-    float* dproj;                    // (parts, B, L, K, F)
-    float *ddt_weight, *dA, *dD, *dbias;    // (B, K, D, R), (B, K, D, N), (B, K, D), (B, K, D): the caller adds samples
-    const int32_t* order;            // (K, L): the pixel at every place of a route
-    int64_t batch, dim, length, state, rank, parts, routes;
-    int32_t threads;
-};
-
-}  // extern "C"
+#include "interface.h"
 
 #define SSM_KERNELS "ss2d_scan_kernels.h"
 #include "for_each_target.h"
 
-static int run(const Ss2dArguments& a, void (*part)(const Ss2dArguments&, int64_t, float*)) {
+// What both directions read.
+static Check check(const Ss2dArguments& a) {
+    Check c;
+    c.that(a.routes >= 1 && a.routes <= MAX_MAPS, "there are %lld routes, not 1 to %d", (long long)a.routes, MAX_MAPS);
+    c.that(a.dim % BLOCK == 0, "%lld channels are no multiple of %d", (long long)a.dim, BLOCK);
+    c.that(a.state >= 1 && a.rank >= 1, "the state size is %lld, the rank %lld", (long long)a.state, (long long)a.rank);
+    c.that(a.parts >= 1 && a.threads >= 1, "there are %lld parts and %d threads", (long long)a.parts, a.threads);
+    if (c.problem()) return c;
+    const int64_t channels = a.routes * a.dim, tokens = a.batch * a.length, chunks = (a.length + CHUNK - 1) / CHUNK;
+    for (int64_t route = 0; route < a.routes; route++) c.buffer("x", a.x[route], FLOAT32, tokens * a.dim);
+    c.buffer("proj", a.proj, FLOAT32, tokens * a.routes * (a.rank + 2 * a.state));
+    c.buffer("dt_weight", a.dt_weight, FLOAT32, channels * a.rank);
+    c.buffer("A", a.A, FLOAT32, channels * a.state);
+    c.buffer("D", a.D, FLOAT32, channels);
+    c.buffer("dt_bias", a.bias, FLOAT32, channels);
+    c.buffer("order", a.order, INT32, a.routes * a.length);
+    c.buffer("states", a.states, FLOAT32, (chunks + 1) * a.batch * channels * a.state);
+    return c;
+}
+
+static const char* run(const Ss2dArguments& a, void (*part)(const Ss2dArguments&, int64_t, float*)) {
     const int64_t floats = SSM_BEST(workspace)(a);
     int failed = 0;
 #pragma omp parallel num_threads(a.threads) reduction(| : failed)
@@ -49,13 +54,31 @@ static int run(const Ss2dArguments& a, void (*part)(const Ss2dArguments&, int64_
             if (!failed) part(a, task, memory);
         std::free(memory);
     }
-    return failed;
+    return failed ? "no memory for the buffers of its threads; use fewer" : nullptr;
 }
 
 extern "C" {
 
-// Both return 0, or 1 if there was no memory for the buffers.
-SSM_EXPORT int ss2d_scan_forward(const Ss2dArguments* a) { return run(*a, SSM_BEST(forward_part)); }
-SSM_EXPORT int ss2d_scan_backward(const Ss2dArguments* a) { return run(*a, SSM_BEST(backward_part)); }
+SSM_EXPORT const char* ss2d_scan_forward(const Ss2dArguments* arguments) {
+    const Ss2dArguments& a = *arguments;
+    Check c = check(a);
+    c.buffer("y", a.y, FLOAT32, a.batch * a.length * a.dim);
+    return c.problem() ? c.problem() : run(a, SSM_BEST(forward_part));
+}
+
+SSM_EXPORT const char* ss2d_scan_backward(const Ss2dArguments* arguments) {
+    const Ss2dArguments& a = *arguments;
+    Check c = check(a);
+    if (c.problem()) return c.problem();
+    const int64_t numbers = a.batch * a.length * a.dim, channels = a.batch * a.routes * a.dim;
+    c.buffer("dy", a.dy, FLOAT32, numbers);
+    for (int64_t route = 0; route < a.routes; route++) c.buffer("dx", a.dx[route], FLOAT32, numbers);
+    c.buffer("dproj", a.dproj, FLOAT32, a.parts * a.batch * a.length * a.routes * (a.rank + 2 * a.state));
+    c.buffer("ddt_weight", a.ddt_weight, FLOAT32, channels * a.rank);
+    c.buffer("dA", a.dA, FLOAT32, channels * a.state);
+    c.buffer("dD", a.dD, FLOAT32, channels);
+    c.buffer("dbias", a.dbias, FLOAT32, channels);
+    return c.problem() ? c.problem() : run(a, SSM_BEST(backward_part));
+}
 
 }  // extern "C"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._library import DEFAULT_IMPL, available, resolve
+from .._library import DEFAULT_IMPL, resolve
 from ..selective_scan.api import MAX_STATE
 from ..selective_scan.ops import state_dtype
 from ..ss2d_scan.api import MAX_RANK
@@ -61,11 +61,10 @@ def bidirectional_scan(
     _check(x_forward, x_backward, proj, dt_weight, A, D, dt_bias)
     out_dtype = out_dtype or x_forward.dtype
     chosen = DEFAULT_IMPL if impl == "auto" else impl
-    if chosen == "auto":  # `resolve` would warn of the composition on CUDA tensors, where it is the fast way
-        chosen = available(ops.BIDIRECTIONAL_SCAN, x_forward.device.type, x_forward.dtype)[0]
+    if chosen in ("auto", "cpu"):
+        chosen = resolve(ops.BIDIRECTIONAL_SCAN, impl, x_forward.device, x_forward.dtype)
     if chosen != "cpu":
         return reference.composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl)
-    chosen = resolve(ops.BIDIRECTIONAL_SCAN, chosen, x_forward.device, x_forward.dtype)
     return _BidirectionalScan.apply(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, chosen)
 
 

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._interface import MAX_STATE
 from .._library import no_autocast, resolve
 from . import ops
 from .impl import reference
-
-MAX_STATE = 256
 
 
 def selective_scan(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._interface import CPU_CHUNK, CUDA_CHUNK
 from .._library import SINGLE_AND_HALF, declare, register
 
 SELECTIVE_SCAN = declare(
@@ -25,7 +26,7 @@ SELECTIVE_SCAN = declare(
     reference=None,
 )
 
-STATE_CHUNK = {"cuda": 64, "cpu": 64, "triton": 128, "reference": 256}
+STATE_CHUNK = {"cuda": CUDA_CHUNK, "cpu": CPU_CHUNK, "triton": 128, "reference": 256}
 """Tokens between two saved states, by implementation."""
 
 

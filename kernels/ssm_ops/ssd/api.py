@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._interface import MAX_STATE
 from .._library import no_autocast, resolve
 from ..selective_scan.ops import state_dtype
 from . import ops
 from .impl import reference
-
-MAX_STATE = 256
 
 
 def ssd_chunk_scan(

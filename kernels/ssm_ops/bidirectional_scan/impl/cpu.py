@@ -16,7 +16,7 @@ from ..._image_scan import ImageScan
 @functools.lru_cache(maxsize=32)
 def _orders(length: int) -> Tensor:
     """(S, L) int32: the token at every place of both directions."""
-    there = torch.arange(length, dtype=torch.int32)
+    there = torch.arange(length, dtype=torch.int32, device="cpu")
     return torch.stack([there, there.flip(0)])
 
 

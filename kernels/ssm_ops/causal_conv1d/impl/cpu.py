@@ -5,61 +5,45 @@ Shapes: B batch, D channels, L length, K taps.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from ..._native import Map, as_float, as_map, library, pointer
+from ..._interface import Buffer, ConvArguments, Map
+from ..._native import call
 from ..ops import is_channels_last, result_like
 
-_POINTERS = ("weight", "bias", "out", "dx", "dweight", "dbias")
+
+def _run(direction: str, x, weight, bias, silu: bool, reverse: bool, dout=None, **results: Tensor) -> None:
+    dim, taps = weight.shape
+    # names, because copies must live until the call is over
+    x32, dout = x.float(), None if dout is None else dout.float()
+    parameters = [None if t is None else t.float().contiguous() for t in (weight, bias)]
+    a = ConvArguments(Map.of(x32, dim), Map.of(dout, dim), *map(Buffer.of, parameters))
+    for name, t in results.items():
+        setattr(a, name, Buffer.of(t))
+    a.batch, a.dim, a.length, a.taps = *x.shape, taps
+    a.silu, a.reverse, a.channels_last, a.threads = silu, reverse, is_channels_last(x), torch.get_num_threads()
+    call("cpu", f"causal_conv1d_{direction}", a)
 
 
-class _Arguments(ctypes.Structure):
-    """`ConvArguments` of causal_conv1d.cpp."""
-
-    _fields_ = [
-        *((name, Map) for name in ("x", "dout")),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in ("batch", "dim", "length", "taps")),
-        *((name, ctypes.c_int32) for name in ("silu", "reverse", "channels_last", "threads")),
-    ]
-
-
-def _arguments(x, silu: bool, reverse: bool, weight: Tensor, **tensors: Tensor | None) -> _Arguments:
-    a = _Arguments(x=as_map(x, x.shape[1]), silu=silu, reverse=reverse, threads=torch.get_num_threads())
-    a.batch, a.dim, a.length = x.shape
-    a.taps, a.channels_last = weight.shape[1], is_channels_last(x)
-    for name, t in {"weight": weight, **tensors}.items():
-        setattr(a, name, pointer(t))
-    return a
-
-
-def _as_parameters(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor | None]:
-    return {
-        "weight": as_float(weight).contiguous(),
-        "bias": None if bias is None else as_float(bias).contiguous(),
-    }
+def _memory(x: Tensor) -> Tensor:
+    """A result of `result_like` in the order of its memory: (B, D, L), or (B, L, D) with channels last."""
+    return x.mT if is_channels_last(x) else x
 
 
 def forward(x, weight, bias, silu: bool, reverse: bool) -> Tensor:
     """As `reference.forward`."""
-    x32, parameters = as_float(x), _as_parameters(weight, bias)
     out = result_like(x, "cpu", torch.float32)
-    a = _arguments(x32, silu, reverse, **parameters, out=out)
-    library().causal_conv1d_forward(ctypes.byref(a))
+    _run("forward", x, weight, bias, silu, reverse, out=_memory(out))
     return out.to(x.dtype)
 
 
 def backward(dout, x, weight, bias, silu: bool, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
-    x32, dout, parameters = as_float(x), as_float(dout), _as_parameters(weight, bias)
     dx = result_like(x, "cpu", torch.float32)
-    dweight, dbias = torch.empty(x.shape[0], *weight.shape), torch.empty(x.shape[:2])
-    a = _arguments(x32, silu, reverse, **parameters, dx=dx, dweight=dweight, dbias=dbias)
-    a.dout = as_map(dout, dout.shape[1])
-    library().causal_conv1d_backward(ctypes.byref(a))
+    dweight = x.new_empty((x.shape[0], *weight.shape), dtype=torch.float32)
+    dbias = x.new_empty(x.shape[:2], dtype=torch.float32)
+    _run("backward", x, weight, bias, silu, reverse, dout, dx=_memory(dx), dweight=dweight, dbias=dbias)
     return (
         dx.to(x.dtype),
         dweight.sum(0).to(weight.dtype),

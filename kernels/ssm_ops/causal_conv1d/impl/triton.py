@@ -138,9 +138,9 @@ def backward(dout, x, weight, bias, silu: bool, reverse: bool) -> tuple[Tensor, 
     dout, x, weight = _time_contiguous(dout), _time_contiguous(x), weight.contiguous()
     batch, dim, length = x.shape
     n_programs, n_tiles, blocks = _plan(x)
-    dy = torch.empty(x.shape, device=x.device) if silu else None
-    d_weight = torch.empty((batch, n_tiles, *weight.shape), device=x.device)
-    d_bias = None if bias is None else d_weight.new_empty((batch, n_tiles, dim))
+    dy = x.new_empty(x.shape, dtype=torch.float32) if silu else None
+    d_weight = x.new_empty((batch, n_tiles, *weight.shape), dtype=torch.float32)
+    d_bias = None if bias is None else x.new_empty((batch, n_tiles, dim), dtype=torch.float32)
     with torch.cuda.device_of(x):
         causal_conv1d_grad_kernel[(n_programs,)](
             *(dout, x, weight, None if bias is None else bias.contiguous(), dy, d_weight, d_bias),

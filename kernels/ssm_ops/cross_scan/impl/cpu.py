@@ -5,30 +5,14 @@ Shapes: B batch, C channels, H W map, L = H*W, K = 4 routes.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from ..._native import library
+from ..._interface import CrossArguments, dtype_code
+from ..._native import call
 
 # bit k of the first number: does route k walk the columns? of the second: does it walk backwards?
 ROUTES = {"cross2d": (0b1010, 0b1100), "unidi": (0, 0), "bidi": (0, 0b1100)}
-
-
-class _Arguments(ctypes.Structure):
-    """`CrossArguments` of cross_scan.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("map", "routes")),
-        *((name, ctypes.c_int64) for name in ("map_batch", "map_route")),
-        ("map_stride", ctypes.c_int64 * 3),
-        *((f"route_{axis}", ctypes.c_int64) for axis in ("batch", "route", "channel", "place")),
-        ("batch", ctypes.c_int64),
-        ("size", ctypes.c_int64 * 3),
-        *((name, ctypes.c_int32) for name in ("map_last", "routes_last", "columns", "backwards", "one_by_one")),
-        ("threads", ctypes.c_int32),
-    ]
 
 
 def scan(x, in_channel_first: bool, out_channel_first: bool, one_by_one: bool, scans: str) -> Tensor:
@@ -38,8 +22,9 @@ def scan(x, in_channel_first: bool, out_channel_first: bool, one_by_one: bool, s
         x = x.contiguous()
     batch, _, channels, height, width = x.shape
     length = height * width
-    y = x.new_empty((batch, 4, channels, length) if out_channel_first else (batch, length, 4, channels))
-    _run(f"cross_scan_{x.element_size()}", x, _as_routes(y, out_channel_first), one_by_one, scans)
+    shape = (batch, 4, channels, length) if out_channel_first else (batch, length, 4, channels)
+    y = x.new_empty(shape, dtype=x.dtype)
+    _run("cross_scan", x, _as_routes(y, out_channel_first), one_by_one, scans)
     return y
 
 
@@ -51,10 +36,11 @@ def merge(y, in_channel_first: bool, out_channel_first: bool, one_by_one: bool, 
     y = _as_routes(y.flatten(3) if out_channel_first else y.flatten(1, 2), out_channel_first)
     if _channels_last(y.unsqueeze(3)) is None:
         y = y.contiguous()
-    x = y.new_empty((batch, *routes, channels, length) if in_channel_first else (batch, length, *routes, channels))
+    shape = (batch, *routes, channels, length) if in_channel_first else (batch, length, *routes, channels)
+    x = y.new_empty(shape, dtype=y.dtype)
     image = x.unflatten(-1 if in_channel_first else 1, (height, width))
-    kind = f"unscan_{y.element_size()}" if one_by_one else f"merge_{str(y.dtype).removeprefix('torch.')}"
-    _run(f"cross_{kind}", _as_map(image, in_channel_first, one_by_one), y, one_by_one, scans)
+    function = "cross_unscan" if one_by_one else "cross_merge"
+    _run(function, _as_map(image, in_channel_first, one_by_one), y, one_by_one, scans)
     return x
 
 
@@ -89,15 +75,19 @@ def _run(function: str, x: Tensor, y: Tensor, one_by_one: bool, scans: str) -> N
         return
     columns, backwards = ROUTES[scans]
     map_batch, map_route, *map_stride = _strides(x)
-    arguments = _Arguments(
+    arguments = CrossArguments(
         map=x.data_ptr(),
         routes=y.data_ptr(),
+        map_dtype=dtype_code(x),
         map_batch=map_batch,
         map_route=map_route,
-        map_stride=(ctypes.c_int64 * 3)(*map_stride),
+        map_stride=tuple(map_stride),
+        routes_dtype=dtype_code(y),
         **dict(zip(("route_batch", "route_route", "route_channel", "route_place"), _strides(y), strict=True)),
         batch=x.shape[0],
-        size=(ctypes.c_int64 * 3)(*x.shape[2:]),
+        size=tuple(x.shape[2:]),
+        map_routes=x.shape[1],
+        routes_size=tuple(y.shape),
         map_last=_channels_last(x),
         routes_last=_channels_last(y.unsqueeze(3)),
         columns=columns,
@@ -105,4 +95,4 @@ def _run(function: str, x: Tensor, y: Tensor, one_by_one: bool, scans: str) -> N
         one_by_one=one_by_one,
         threads=torch.get_num_threads(),
     )
-    getattr(library(), function)(ctypes.byref(arguments))
+    call("cpu", function, arguments)

@@ -209,7 +209,8 @@ def scan(x, in_channel_first: bool, out_channel_first: bool, one_by_one: bool, s
         x = x.contiguous()
     batch, _, channels, height, width = x.shape
     length = height * width
-    y = x.new_empty((batch, 4, channels, length) if out_channel_first else (batch, length, 4, channels))
+    shape = (batch, 4, channels, length) if out_channel_first else (batch, length, 4, channels)
+    y = x.new_empty(shape, dtype=x.dtype)
     _launch(cross_scan_kernel, x, _as_routes(y, out_channel_first), one_by_one, scans)
     return y
 
@@ -222,7 +223,8 @@ def merge(y, in_channel_first: bool, out_channel_first: bool, one_by_one: bool, 
     y = _as_routes(y.flatten(3) if out_channel_first else y.flatten(1, 2), out_channel_first)
     if _channels_last(y.unsqueeze(3)) is None:
         y = y.contiguous()
-    x = y.new_empty((batch, *routes, channels, length) if in_channel_first else (batch, length, *routes, channels))
+    shape = (batch, *routes, channels, length) if in_channel_first else (batch, length, *routes, channels)
+    x = y.new_empty(shape, dtype=y.dtype)
     image = x.unflatten(-1 if in_channel_first else 1, (height, width))
     _launch(cross_merge_kernel, _as_map(image, in_channel_first, one_by_one), y, one_by_one, scans)
     return x

@@ -372,8 +372,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> t
     (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]
     n_tiles = triton.cdiv(length, STATE_CHUNK["triton"])
     out = u.new_empty(u.shape, dtype=out_dtype)
-    last = torch.empty((batch, dim, n_state), device=u.device)
-    states = last.new_empty((n_tiles + 1, batch, groups, n_state, dim // groups))
+    last = u.new_empty((batch, dim, n_state), dtype=torch.float32)
+    states = u.new_empty((n_tiles + 1, batch, groups, n_state, dim // groups), dtype=torch.float32)
     grid, blocks = _plan(u, groups, n_state, _vector_width([u, delta, B, C, z]), max_warps=1)
     with torch.cuda.device_of(u):
         selective_scan_fwd_kernel[grid](
@@ -397,11 +397,11 @@ def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) 
     grid, blocks = _plan(u, groups, n_state, _vector_width([u, dout, delta, B, C, z]), max_warps=4)
     n_blocks = triton.cdiv(dim // groups, blocks["BD"])
 
-    du, dz = u.new_empty(u.shape), None if z is None else z.new_empty(z.shape)
-    d_delta = u.new_empty(u.shape, dtype=delta.dtype if repeat == 1 else states.dtype)
-    dA = states.new_empty((batch, dim, n_state))
-    dB, dC = (states.new_empty((n_blocks, *x.shape)) for x in (B, C))
-    dD, d_bias = (None if x is None else states.new_empty((batch, dim)) for x in (D, delta_bias))
+    du, dz = (None if x is None else x.new_empty(x.shape, dtype=x.dtype) for x in (u, z))
+    d_delta = u.new_empty(u.shape, dtype=delta.dtype if repeat == 1 else torch.float32)
+    dA = u.new_empty((batch, dim, n_state), dtype=torch.float32)
+    dB, dC = (u.new_empty((n_blocks, *x.shape), dtype=torch.float32) for x in (B, C))
+    dD, d_bias = (None if x is None else dA.new_empty((batch, dim), dtype=torch.float32) for x in (D, delta_bias))
     with torch.cuda.device_of(u):
         selective_scan_bwd_kernel[grid](
             *(dout, u, delta, A, B, C, D, z, delta_bias, states, du, d_delta, dA, dB, dC, dD, dz, d_bias),

@@ -14,7 +14,7 @@ from ...cross_scan import cross_scan
 @functools.lru_cache(maxsize=32)
 def _orders(height: int, width: int, scans: str) -> Tensor:
     """(K, L) int32: the pixel at every place of every route."""
-    image = torch.arange(height * width, dtype=torch.int32).view(1, 1, height, width)
+    image = torch.arange(height * width, dtype=torch.int32, device="cpu").view(1, 1, height, width)
     return cross_scan(image, scans=scans, impl="reference")[0, :, 0].contiguous()
 
 

@@ -53,7 +53,8 @@ def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor
     ways, grid, blocks = _plan(x, dt_weight.shape[2], A.shape[1], "forward")
     pixels = _pixels(x, scans)
     sums, out = _sums_and_map(x, ways, out_dtype)
-    states = A.new_empty((pixels.shape[1] // STATE_CHUNK["triton"] + 1, x.shape[0], 4, A.shape[1], x.shape[1]))
+    shape = (pixels.shape[1] // STATE_CHUNK["triton"] + 1, x.shape[0], 4, A.shape[1], x.shape[1])
+    states = x.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
         ss2d_scan_fwd_kernel[grid](
             *(pixels, *maps, *parameters, sums, out, states), *_sizes(x, dt_weight), 4 // ways, **blocks
@@ -68,9 +69,9 @@ def backward(dout, x, proj, dt_weight, A, D, dt_bias, states, scans) -> tuple[Te
     (batch, dim), (rank, n_state) = x.shape[:2], (dt_weight.shape[2], A.shape[1])
     ways, grid, blocks = _plan(x, rank, n_state, "backward")
     sums, dx = _sums_and_map(x, ways, x.dtype)
-    carried = states.new_empty((batch, 4, n_state, dim))
-    dproj = states.new_empty((triton.cdiv(dim, blocks["BD"]), *proj.shape))
-    partials = [states.new_empty((batch, *p.shape)) for p in parameters]
+    carried = x.new_empty((batch, 4, n_state, dim), dtype=torch.float32)
+    dproj = x.new_empty((triton.cdiv(dim, blocks["BD"]), *proj.shape), dtype=torch.float32)
+    partials = [x.new_empty((batch, *p.shape), dtype=torch.float32) for p in parameters]
     with torch.cuda.device_of(x):
         ss2d_scan_bwd_kernel[grid](
             *(_channels_last(dout), _pixels(x, scans), *maps, *parameters, states, carried, sums, dx, dproj, *partials),

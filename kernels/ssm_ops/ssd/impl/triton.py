@@ -513,9 +513,9 @@ def backward(
     parts, n_tiles = size[-2:]
 
     dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
-    d_dt = torch.empty(dt.shape, device=x.device)
-    dA = d_dt.new_empty((batch, n_tiles, heads))
-    dD = None if D is None else d_dt.new_empty((batch, n_tiles, heads, head_dim))
+    d_dt = x.new_empty(dt.shape, dtype=torch.float32)
+    dA = x.new_empty((batch, n_tiles, heads), dtype=torch.float32)
+    dD = None if D is None else x.new_empty((batch, n_tiles, heads, head_dim), dtype=torch.float32)
     vectors = {"X_VEC": _vector_width(x), "BC_VEC": _vector_width(B, C), "EXACT_DY": _exact(x, dout)}
     with torch.cuda.device_of(x):
         steps = _steps(dt, A, dt_bias, dt_softplus, size, INPUT_GRAD["BT"])
@@ -553,7 +553,7 @@ def backward(
 def _steps(dt, A, dt_bias, dt_softplus: bool, size: tuple[int, ...], block: int) -> Tensor:
     """What `ssd_step_kernel` says of every tile: (B, H, n_tiles, 4, BT)"""
     (batch, _, heads), n_tiles = dt.shape, size[-1]
-    steps = torch.empty((batch, heads, n_tiles, 4, block), device=dt.device)
+    steps = dt.new_empty((batch, heads, n_tiles, 4, block), dtype=torch.float32)
     dt_bias = None if dt_bias is None else dt_bias.contiguous()
     ssd_step_kernel[(batch * n_tiles * heads,)](
         *(dt, A.contiguous(), dt_bias, steps, *dt.stride(), *size), SOFTPLUS=dt_softplus, BT=block, num_warps=1
@@ -564,7 +564,7 @@ def _steps(dt, A, dt_bias, dt_softplus: bool, size: tuple[int, ...], block: int)
 def _walk(v, k, steps, start: Tensor | None, size: tuple[int, ...], reverse: bool) -> Tensor:
     """The state at every boundary, (n_tiles + 1, B, H, P, N), from `start` on, or its gradient with `reverse`."""
     batch, _, heads, head_dim = v.shape
-    states = torch.empty((size[-1] + 1, batch, heads, head_dim, k.shape[3]), device=v.device)
+    states = v.new_empty((size[-1] + 1, batch, heads, head_dim, k.shape[3]), dtype=torch.float32)
     grid, constants = _plan(v, k, WALK | {"BT": steps.shape[-1]})
     ssd_state_kernel[batch * heads, grid[0], grid[1]](
         *(v, k, steps, None if start is None else start.contiguous(), states),
