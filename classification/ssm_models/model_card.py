@@ -229,7 +229,7 @@ def macs_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[s
     with FakeTensorMode(), torch.no_grad(), ExitStack() as stack:
         shell = _without_memory(model)
         counters = [stack.enter_context(FlopCounterMode(display=False, custom_mapping=dict(c))) for c in conventions]
-        shell(torch.empty(1, *input_size))
+        shell(torch.empty(1, *input_size, dtype=next(shell.parameters()).dtype))
     counts = [counter.get_flop_counts() for counter in counters]
     root = type(model).__name__
     return {

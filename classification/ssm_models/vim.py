@@ -260,7 +260,7 @@ class VisionMamba(nn.Module):
         x = self.pos_drop(x)
         if self.flip_ratio > 0 and (self.training or self.flip_ratio >= 1):
             straight = torch.arange(x.shape[1], device=x.device) if order is None else order
-            flip = torch.rand(1, device=x.device) < self.flip_ratio
+            flip = torch.rand(1, device=x.device, dtype=torch.float32) < self.flip_ratio
             order = torch.where(flip, straight.flip(0), straight)
             x = torch.where(flip, x.flip(1), x)
         return x, order, grid

@@ -143,6 +143,8 @@ FORWARD_THREADS, BACKWARD_THREADS, GATED_THREADS = 256, 256, 128
 """Of a block, at most."""
 FORWARD_ROWS, BACKWARD_ROWS, SUMS = 2, 4, 512
 """Shared memory of a warp: rows of N numbers per channel, and (backward, twice) numbers of sums."""
+SHARED_BYTES = 48 * 1024
+"""Of a block, at most: what it gets without asking."""
 
 
 class CudaMap(ctypes.Structure):
@@ -194,7 +196,7 @@ AGREED = {
         structure.__name__: ctypes.sizeof(structure)
         for structure in (Map, StateMap, ScanArguments, ConvArguments, CrossArguments, Ss2dArguments)
     },
-    "cuda": {"VERSION": CUDA_VERSION, "RUN": RUN, "CHUNK": CUDA_CHUNK, "SUMS": SUMS}
+    "cuda": {"VERSION": CUDA_VERSION, "RUN": RUN, "CHUNK": CUDA_CHUNK, "SUMS": SUMS, "SHARED_BYTES": SHARED_BYTES}
     | {"FORWARD_ROWS": FORWARD_ROWS, "BACKWARD_ROWS": BACKWARD_ROWS}
     | {"FORWARD_THREADS": FORWARD_THREADS, "BACKWARD_THREADS": BACKWARD_THREADS, "GATED_THREADS": GATED_THREADS}
     | _SHARED

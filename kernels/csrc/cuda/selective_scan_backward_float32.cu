@@ -1,3 +1,3 @@
-#include "selective_scan.cuh"
+#include "selective_scan_backward.cuh"
 
 SSM_BACKWARD(float32, float)

@@ -1,3 +1,3 @@
-#include "selective_scan.cuh"
+#include "selective_scan_forward.cuh"
 
 SSM_FORWARD(bfloat16, __nv_bfloat16)

@@ -1,3 +1,3 @@
-#include "selective_scan.cuh"
+#include "selective_scan_forward.cuh"
 
 SSM_FORWARD(float16, __half)
