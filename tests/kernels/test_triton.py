@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_operators_under_the_interpreter():
     """The tests of every implementation, and those of triton*_cases.py, in a process where kernels run on the CPU."""
     names = ["triton_cases.py", "test_cross_scan.py", "test_selective_scan.py", "triton_ssd_cases.py"]
-    names += ["test_ssd.py", "test_ssd_contract.py", "test_causal_conv1d.py"]
+    names += ["test_ssd.py", "test_ssd_contract.py", "test_causal_conv1d.py", "test_default_dtype.py"]
     files = [str(HERE / name) for name in names]
     # the finite differences of the adjoint test are thousands of launches; triton_cases.py has the same equality, and
     # triton_ssd_cases.py what the other two have
