@@ -161,8 +161,7 @@ def small_vmamba(forward_type):
 
 MODELS = {name: lambda name=name: timm.create_model(name, num_classes=10) for name in NANOS}
 MODELS |= {
-    f"vmamba_{kind}": small_vmamba(kind)
-    for kind in ("v0", "v05_noz", "v052dc", "v05_onsigmoid", "m0_noz", "xv1a_act")
+    f"vmamba_{kind}": small_vmamba(kind) for kind in ("v0", "v05_noz", "v052dc", "v05_onsigmoid", "m0_noz", "xv1a_act")
 }
 MODELS["vim_rope_flip"] = lambda: timm.create_model(
     "vim_nano", num_classes=10, if_rope=True, flip_img_sequences_ratio=0.5

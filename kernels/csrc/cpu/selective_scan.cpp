@@ -31,7 +31,7 @@ static Check check(const ScanArguments& a) {
     c.that(a.threads >= 1, "there are %d threads", a.threads);
     check_map(c, "u", a.u, a.batch, a.dim, a.length);
     check_map(c, "delta", a.delta, a.batch, a.dim, a.length);
-    if (a.z.dtype != ABSENT) check_map(c, "z", a.z, a.batch, a.dim, a.length);
+    if (a.z.data || a.z.dtype != ABSENT) check_map(c, "z", a.z, a.batch, a.dim, a.length);
     const int64_t shape[] = {a.batch, a.groups, a.state, a.length};
     for (const StateMap* map : {&a.B, &a.C}) {
         const char* const name = map == &a.B ? "B" : "C";

@@ -40,7 +40,7 @@ Check check_inputs(const ScanArguments& a, int most_threads, int64_t floats_of_w
     if (c.problem()) return c;
     check_map(c, "u", a.u, DTYPE<T>, a, a.dim);
     check_map(c, "delta", a.delta, DTYPE<T>, a, a.dim / a.repeat);
-    if (a.z.dtype != ABSENT) check_map(c, "z", a.z, DTYPE<T>, a, a.dim);
+    if (a.z.data || a.z.dtype != ABSENT) check_map(c, "z", a.z, DTYPE<T>, a, a.dim);
     const int64_t shape[] = {a.batch, a.groups, a.state, a.length};
     for (const StateMap* map : {&a.B, &a.C}) {
         const char* const name = map == &a.B ? "B" : "C";
