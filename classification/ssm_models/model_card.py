@@ -161,7 +161,7 @@ def model_card(model: str | nn.Module, input_size: tuple[int, int, int] = (3, 22
 
     Raises:
         ValueError: an unknown name, another kind of model, or an impossible size.
-        RuntimeError: PyTorch's, of a map smaller than a convolution; or SSM_OPS_IMPL forbids all operators on the CPU.
+        RuntimeError: PyTorch's, of a map smaller than a convolution.
     """
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size={input_size} is not (channels, height, width), each at least 1")

@@ -8,7 +8,7 @@ import torch
 
 import ssm_ops
 
-from ._library import BUILD_COMMAND, DEFAULT_IMPL, IMPLS, OPERATORS, available, why_unavailable
+from ._library import BUILD_COMMAND, DEFAULT_IMPL, IMPLS, OPERATORS, chosen, why_unavailable
 
 
 def devices() -> list[tuple[str, str]]:
@@ -25,12 +25,12 @@ def report() -> str:
     lines = [
         f"ssm_ops {ssm_ops.__version__}, torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}), "
         f"Python {platform.python_version()}",
-        f"default: impl={DEFAULT_IMPL!r} (SSM_OPS_IMPL)",
+        f"auto prefers: {'the fastest' if DEFAULT_IMPL == 'auto' else DEFAULT_IMPL} (SSM_OPS_IMPL)",
     ]
     for device_type, description in devices():
         lines += ["", description]
         for operator in OPERATORS.values():
-            lines.append(f"  {operator.name}: auto takes {available(operator, device_type)[0]}")
+            lines.append(f"  {operator.name}: auto takes {chosen(operator, device_type)}")
             for impl in IMPLS:
                 reason = why_unavailable(operator, impl, device_type)
                 lines.append(f"    {impl:<10} {'available' if reason is None else 'no: ' + reason}")

@@ -126,22 +126,26 @@ def available(operator: Operator, device_type: str, dtype: torch.dtype | None = 
     return sorted(names, key=lambda name: name == "triton" and device_type == "cpu")  # an interpreter, for tests
 
 
+def chosen(operator: Operator, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """What "auto" takes: what ``SSM_OPS_IMPL`` prefers, if that can run, else the fastest available."""
+    if DEFAULT_IMPL != "auto" and why_unavailable(operator, DEFAULT_IMPL, device_type, dtype) is None:
+        return DEFAULT_IMPL
+    return available(operator, device_type, dtype)[0]
+
+
 _WARNED: set[str] = set()
 
 
 def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation to run. ``auto`` takes what ``SSM_OPS_IMPL`` prefers, if that can run, else the fastest
-    available, and warns once of a faster one that is not ready. An explicit name never falls back.
+    """The implementation to run. ``auto`` warns once of a faster one that is not ready; a name never falls back.
 
     Raises:
         ValueError: `impl` is not a known name.
         RuntimeError: the named implementation cannot run on `device` or in `dtype`; says why and what can.
     """
     if impl == "auto":
-        name = available(operator, device.type, dtype)[0]
-        if DEFAULT_IMPL != "auto" and why_unavailable(operator, DEFAULT_IMPL, device.type, dtype) is None:
-            name = DEFAULT_IMPL
-        elif not torch.compiler.is_compiling():
+        name = chosen(operator, device.type, dtype)
+        if name != DEFAULT_IMPL and not torch.compiler.is_compiling():
             _warn_of_missing(operator, name, device.type, dtype)
         return name
     if impl not in IMPLS:

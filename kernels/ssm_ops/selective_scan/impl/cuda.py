@@ -95,8 +95,11 @@ def _launch(direction, u, delta, z, dout, B, C, A, D, bias, softplus, lanes, war
         **{"wide": wide, "wide_delta": wide_delta, "lanes": lanes, "warps": warps, "device": device},
         stream=torch.cuda.current_stream(device).cuda_stream,
     )
-    with torch.cuda.device(device):
-        call("cuda", f"selective_scan_{direction}_{str(u.dtype).removeprefix('torch.')}", arguments)
+    try:
+        with torch.cuda.device(device):
+            call("cuda", f"selective_scan_{direction}_{str(u.dtype).removeprefix('torch.')}", arguments)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error} (on cuda:{device}, {torch.cuda.get_device_name(device)})") from None
 
 
 def _time_contiguous(x: Tensor | None) -> Tensor | None:
