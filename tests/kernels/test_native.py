@@ -71,6 +71,7 @@ def test_what_is_no_library_is_refused_in_one_line(content, tmp_path):
 USE = """
 import warnings
 import torch, ssm_ops
+from ssm_ops.__main__ import report
 x, A = torch.ones(1, 2, 5), -torch.ones(2, 1)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -82,6 +83,7 @@ try:
     ssm_ops.selective_scan(x, x, A, x[:, :1], x[:, :1], impl="cpu")
 except RuntimeError as error:
     print(error)
+print(report())
 """
 
 
@@ -93,25 +95,19 @@ def test_auto_goes_round_a_stale_library_and_says_so(tmp_path):
     path = str(package / "_cpu.so")
     shutil.copy(stub(tmp_path, STALE["size"][0]), path)
 
-    def python(*arguments):
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(tmp_path)},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", USE], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
 
     why = f"the cpu library at {path} is stale (Map is 40, these sources need {AGREED['cpu']['Map']})"
     why += ": SSM_OPS_BUILD=cpu pip install -e . --no-build-isolation"
-    first, second, caught, error = python("-c", USE).splitlines()
+    first, second, caught, error, *doctor = done.stdout.splitlines()
     assert first == second and float(first) == pytest.approx(1.0 + torch.tensor(-1.0).exp().item())
     slow = "ssm_ops: selective_scan runs its slow reference implementation on cpu tensors: "
     assert caught == str([f"{slow}{why}; see `python -m ssm_ops`"])
     assert error.startswith(f"selective_scan: impl='cpu' is not available on cpu: {why}. Available here: reference.")
-    assert f"    cpu        no: {why}\n" in python("-m", "ssm_ops")
+    assert f"    cpu        no: {why}" in doctor and "  selective_scan: auto takes reference" in doctor
 
 
 def test_a_call_of_a_library_that_is_not_there_says_so(monkeypatch):
@@ -274,9 +270,7 @@ def test_a_preference_that_is_not_ready_is_named_once(process):
 def test_an_argument_stays_strict(impl, process):
     process(prefers="reference", missing=("cpu", "cuda", "triton"))
     operator = _library.OPERATORS["selective_scan"]
-    with pytest.raises(
-        RuntimeError, match=f"impl='{impl}' is not available on cuda: no {impl}: build it"
-    ):
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available on cuda: no {impl}: build it"):
         _library.resolve(operator, impl, CUDA, torch.float32)
     with pytest.raises(RuntimeError, match=f"impl='{impl}' is not available on cpu: nc_ssd has no {impl} impl"):
         _library.resolve(_library.OPERATORS["nc_ssd"], impl, CPU, torch.float32)
