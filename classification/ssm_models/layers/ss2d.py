@@ -19,6 +19,7 @@ from torch import Tensor
 from ssm_ops import no_autocast, selective_scan, ss2d_scan
 
 from .act import get_act
+from .conv2d import Conv2d
 from .forward_type import parse_forward_type
 from .norm import get_linear, get_norm, to_channel_first, to_channel_last
 from .ssm_init import ssm_parameters, x_proj_parameter
@@ -83,7 +84,7 @@ class SS2D(nn.Module):
             self.out_norm = out_norm
         self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False)
         if d_conv > 1:
-            self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias)
+            self.conv2d = Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias)
         else:
             self.conv2d = nn.Identity()
         self.act = get_act(act_layer)
@@ -197,8 +198,8 @@ def make_out_norm(kind: str, dim: int, channel_first: bool) -> nn.Module:
     if kind == "softmax":
         return SpatialSoftmax(channel_first)
     if kind == "dwconv3":
-        return nn.Sequential(first(), nn.Conv2d(dim, dim, **conv), last())
-    return nn.Sequential(norm(dim), first(), nn.Conv2d(dim, dim, **conv), last())  # cnorm
+        return nn.Sequential(first(), Conv2d(dim, dim, **conv), last())
+    return nn.Sequential(norm(dim), first(), Conv2d(dim, dim, **conv), last())  # cnorm
 
 
 class SpatialSoftmax(nn.Module):
