@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn as nn
 from timm.layers import LayerNorm2d
 from torch import Tensor
@@ -66,6 +67,7 @@ class VSSBlock(vssm.VSSBlock):
         mlp_ratio (4), mlp_act_layer ("gelu"), mlp_drop_rate (0), gmlp (False): of its MLP.
         use_checkpoint: recompute the block in the backward pass instead of keeping its activations.
         impl: implementation of the scan, see `ssm_ops`.
+        device, dtype: of the parameters.
 
     Raises:
         TypeError: arguments of both blocks at once, or of none.
@@ -98,6 +100,8 @@ class VSSBlock(vssm.VSSBlock):
         gmlp: bool | None = None,
         use_checkpoint: bool = False,
         impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         given = {name: value for name, value in locals().items() if name in _FIRST | _LATER and value is not None}
         first, later = ([name for name in given if name in of_block] for of_block in (_FIRST, _LATER))
@@ -145,6 +149,7 @@ class VSSBlock(vssm.VSSBlock):
         if mlp is not None:
             self.norm2 = norm(hidden_dim)
         self.use_checkpoint = use_checkpoint
+        self.to(device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(_rename_incoming)
 
 
@@ -176,6 +181,8 @@ class SS2D(ss2d.SS2D):
         *,
         expand: float | None = None,
         impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         if ssm_ratio is not None and expand is not None:
             raise TypeError(f"SS2D: ssm_ratio={ssm_ratio} and expand={expand} are two names of one number: give one")
@@ -194,6 +201,7 @@ class SS2D(ss2d.SS2D):
             channel_first,
             impl,
         )
+        self.to(device=device, dtype=dtype)
 
 
 class Mamba(BiMamba):

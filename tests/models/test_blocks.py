@@ -159,6 +159,12 @@ def test_mistakes_in_mixers_are_named():
             kind(16, d_sate=4)
 
 
+@pytest.mark.parametrize("kind", [VSSBlock, SS2D])
+def test_device_and_dtype(kind):
+    parameters = list(kind(8, device="meta", dtype=torch.bfloat16).parameters())
+    assert {(p.device.type, p.dtype) for p in parameters} == {("meta", torch.bfloat16)}
+
+
 def test_recomputed_blocks():
     x = torch.randn(1, 4, 4, 8, requires_grad=True)
     block = VSSBlock(hidden_dim=8, use_checkpoint=True)
