@@ -34,7 +34,7 @@ _FAMILIES = {
     "vim": ("vim", re.compile(r"layers\.\d+\.mixer\.")),
     "vssd": ("vssd", re.compile(r"layers\.\d+\.blocks\.\d+\.cpe1\.")),
 }
-_BODY = re.compile(r"patch_embed|pos_embed|cls_token|rope|layers|norm_f")  # what classifiers and backbones share
+_BODY = re.compile(r"patch_embed|pos_embed|cls_token|rope|layers")  # what classifiers and backbones share
 _BUFFER = re.compile(r".*\.(running_mean|running_var|num_batches_tracked)|rope\.")
 
 

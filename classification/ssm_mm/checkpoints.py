@@ -98,12 +98,12 @@ def fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"checkpoint {path} holds no state_dict, but: {', '.join(map(str, list(content)[:8]))}")
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    if hasattr(model.backbone, "convert_state_dict"):
-        own = {name: value for name, value in weights.items() if name.startswith("backbone.")}
-        rest = {name: value for name, value in weights.items() if name not in own}
-        # names of older publications
-        converted = model.backbone.convert_state_dict({n.removeprefix("backbone."): v for n, v in own.items()})
-        weights = {**{f"backbone.{name}": value for name, value in converted.items()}, **rest}
+    own = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")}
+    rest = {n: v for n, v in weights.items() if not n.startswith("backbone.")}
+    if hasattr(model.backbone, "convert_state_dict"):  # names of older publications
+        own = model.backbone.convert_state_dict(own)
+    unneeded = getattr(model.backbone, "unneeded", ())
+    weights = {**{f"backbone.{name}": value for name, value in own.items() if name not in unneeded}, **rest}
     difference = describe_difference(weights, model.state_dict())
     if difference:
         raise UserError(f"checkpoint {path} does not fit this {type(model).__name__}: {difference}")

@@ -4,6 +4,7 @@ the costs of their operators in PyTorch's `FlopCounterMode`.
 
 from ssm_ops import register_flop_formulas
 
+from .blocks import NCSSD, SS2D, Mamba, VSSBlock
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from .dense import DenseBackbone, DenseVisionMamba, DenseVSSD, DenseVSSM
 from .model_card import ModelCard, model_card
@@ -13,6 +14,8 @@ from .vssd import VSSD
 from .vssm import VSSM
 
 __all__ = [
+    "NCSSD",
+    "SS2D",
     "VSSD",
     "VSSM",
     "CheckpointError",
@@ -20,7 +23,9 @@ __all__ = [
     "DenseVSSD",
     "DenseVSSM",
     "DenseVisionMamba",
+    "Mamba",
     "ModelCard",
+    "VSSBlock",
     "VisionMamba",
     "from_upstream",
     "load_checkpoint",

@@ -172,12 +172,13 @@ def _is_backbone(model: nn.Module) -> bool:
 def _parts_of_one_side(
     model: nn.Module, found: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> tuple[list[str], list[str]]:
-    """(names of a backbone that a classifier has not, names of a classifier that a backbone has not)"""
+    """(names of a backbone that a classifier has not, names that a backbone has no use for)"""
     if not _is_backbone(model):
         return [], []
     of_backbone = any(_OF_BACKBONE.match(name) for name in found)
     fresh = [] if of_backbone else [name for name in own if _OF_BACKBONE.match(name)]
-    return fresh, [name for name in found if name not in own and _OF_CLASSIFIER.match(name)]
+    unneeded = (name in model.unneeded or _OF_CLASSIFIER.match(name) for name in found)
+    return fresh, [name for name, drop in zip(found, unneeded, strict=True) if drop and name not in own]
 
 
 def _classifier_prefix(model: nn.Module) -> str | None:

@@ -1,5 +1,8 @@
 """Backbones for dense prediction: a norm on every stage's map, a tuple of NCHW maps, no classifier. Framework-free.
 
+What no map needs (later stages, the last norm, the classifier) is not there: every parameter gets a gradient in every
+step, which is what distributed training asks for.
+
 `DenseBackbone` makes one from a name of the registry; the classes below it are the families' own forms.
 """
 
@@ -84,17 +87,20 @@ class Dense(nn.Module):
 
     Attributes:
         out_channels: channels of the maps, in their order.
+        unneeded: names that weights of the whole model have and no map of this one needs; loaders leave them out.
     """
 
     gives_maps = True
     out_channels: list[int]
+    unneeded: frozenset[str]
+    _all_layers: int
     _frozen: Sequence[nn.Module] = ()
     _norm_eval = False
 
     def freeze(self, stages: int, norm_eval: bool) -> None:
         """See `DenseBackbone`. Raises ValueError for more stages than there are."""
-        if not -1 <= stages <= len(self.layers):
-            raise ValueError(f"frozen_stages={stages} is not between -1 and {len(self.layers)}")
+        if not -1 <= stages <= self._all_layers:
+            raise ValueError(f"frozen_stages={stages} is not between -1 and {self._all_layers}")
         frozen = [self.patch_embed, *self.layers[:stages]] if stages >= 0 else []
         for part in frozen:
             part.requires_grad_(False)
@@ -103,6 +109,16 @@ class Dense(nn.Module):
         # a tuple, which does not register the modules a second time
         self._frozen, self._norm_eval = tuple(frozen), norm_eval
         self.train(self.training)
+
+    def _keep(self, layers: int, *dropped: str) -> None:
+        """Keep the first `layers` layers (of stages not the last way down), and of other modules all but `dropped`."""
+        whole, self._all_layers = self.state_dict().keys(), len(self.layers)
+        self.layers, self.feature_info = self.layers[:layers], self.feature_info[:layers]
+        if hasattr(self.layers[-1], "downsample"):
+            self.layers[-1].downsample = nn.Identity()
+        for name in dropped:
+            delattr(self, name)
+        self.unneeded = frozenset(whole - self.state_dict().keys())
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -118,14 +134,19 @@ class Dense(nn.Module):
 class _Hierarchical(Dense):
     """A family with stages."""
 
-    def _add_outnorms(self, out_indices: Sequence[int], norm: Callable[[int], nn.Module]) -> None:
+    def _give_out(self, out_indices: Sequence[int], norm: Callable[[int], nn.Module], *dropped: str) -> None:
+        """Norms for the maps of these stages; what they do not need goes, and the modules `dropped`."""
         bad = [i for i in out_indices if not 0 <= i < self.num_layers]
         if bad or not out_indices:
             raise ValueError(f"out_indices={tuple(out_indices)} must name stages 0..{self.num_layers - 1}")
-        self.out_indices = tuple(out_indices)
+        if len(set(out_indices)) < len(out_indices):
+            raise ValueError(f"out_indices={tuple(out_indices)} names a stage twice")
+        self.out_indices = tuple(sorted(out_indices))
         self.out_channels = [self.dims[i] for i in self.out_indices]
-        for i in self.out_indices:
+        for i in range(self.num_layers):
             self.add_module(f"outnorm{i}", norm(self.dims[i]))
+        dropped += tuple(f"outnorm{i}" for i in range(self.num_layers) if i not in self.out_indices)
+        self._keep(self.out_indices[-1] + 1, *dropped)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, in_chans, H, W) -> maps (B, dims[i], H_i, W_i) for i in out_indices, contiguous."""
@@ -140,39 +161,38 @@ class _Hierarchical(Dense):
 
 
 class DenseVSSM(_Hierarchical, VSSM):
-    """VMamba as a backbone; keys are those of `VSSM` without the classifier, plus `outnorm{i}`.
+    """VMamba as a backbone; keys are those of `VSSM` up to the last stage wanted, plus `outnorm{i}`.
 
     Args:
-        out_indices: stages whose maps are given out.
+        out_indices: stages whose maps are given out, from the first to the last.
         others: of `VSSM`.
     """
 
     def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), norm_layer: str = "ln", **vssm_args):
         super().__init__(norm_layer=norm_layer, **vssm_args)
-        del self.classifier
-        self._add_outnorms(out_indices, get_norm(norm_layer))
+        self._give_out(out_indices, get_norm(norm_layer), "classifier")
 
 
 class DenseVSSD(_Hierarchical, VSSD):
-    """VSSD as a backbone; keys are those of `VSSD` without norm and head, plus `outnorm{i}`.
+    """VSSD as a backbone; keys are those of `VSSD` up to the last stage wanted, plus `outnorm{i}`.
 
     Args:
-        out_indices: stages whose maps are given out.
+        out_indices: stages whose maps are given out, from the first to the last.
         others: of `VSSD`.
     """
 
     def __init__(self, out_indices: Sequence[int] = (0, 1, 2, 3), **vssd_args):
         super().__init__(**vssd_args)
-        del self.norm, self.pool, self.head
-        self._add_outnorms(out_indices, nn.LayerNorm)
+        self._give_out(out_indices, nn.LayerNorm, "norm", "pool", "head")
 
 
 class DenseVisionMamba(Dense, VisionMamba):
     """Vim as a backbone: maps of one stride after some of its blocks, brought to the strides 4, 8, 16, 32.
 
-    Class tokens and their rows of the position embedding are left out; keys are otherwise those of `VisionMamba`
-    without the head, plus `fpn1`, `fpn2` as in the published segmentation models (there with SyncBatchNorm, which
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` gives).
+    Class tokens and their rows of the position embedding are left out; keys are otherwise those of `VisionMamba` up to
+    the last block wanted, without the head and (but for "add & norm") the last norm, plus `fpn1`, `fpn2` as in the
+    published segmentation models (there with SyncBatchNorm, which `torch.nn.SyncBatchNorm.convert_sync_batchnorm`
+    gives).
     Without them, `ssm_models.layers.simple_fpn` makes the pyramid of the published detectors.
 
     Args:
@@ -196,7 +216,6 @@ class DenseVisionMamba(Dense, VisionMamba):
         if last_layer_process not in processes:
             raise ValueError(f"last_layer_process={last_layer_process!r} is not one of {', '.join(processes)}")
         super().__init__(if_cls_token=False, **vim_args)
-        del self.head
         depth, stride = len(self.layers), self.patch_embed.stride
         if not out_indices or any(not 0 <= i < depth for i in out_indices):
             raise ValueError(f"out_indices={tuple(out_indices)} must name blocks 0..{depth - 1}")
@@ -207,9 +226,13 @@ class DenseVisionMamba(Dense, VisionMamba):
                 "if_fpn makes four maps of one or four out_indices at stride 16, 8 or 4, not of "
                 f"{tuple(out_indices)} at stride {stride}; if_fpn=False gives the maps as they are"
             )
-        self.out_indices = tuple(out_indices)
+        self.out_indices = tuple(sorted(out_indices))
         self.use_residual_as_feature, self.last_layer_process = use_residual_as_feature, last_layer_process
         self.if_fpn = if_fpn
+        last = self.out_indices[-1]
+        normed = use_residual_as_feature and last_layer_process == "add & norm" and last == depth - 1
+        last += self.if_bidirectional and last % 2 == 0  # pairs stay together
+        self._keep(last + 1, "head", *(() if normed else ("norm_f",)))
         self.out_channels = [self.embed_dim] * (4 if if_fpn else len(out_indices))
         if if_fpn:
             self.fpn1, self.fpn2, self.fpn3, self.fpn4 = _FPNS[stride](self.embed_dim)
@@ -217,9 +240,9 @@ class DenseVisionMamba(Dense, VisionMamba):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, in_chans, H, W) -> maps (B, C, H_i, W_i), contiguous: of strides 4, 8, 16, 32 with `if_fpn`."""
         x, order, grid = self.forward_stem(x)
-        taps = self.forward_blocks(x, order, grid, self.out_indices, max(self.out_indices))[2]
+        taps = self.forward_blocks(x, order, grid, self.out_indices)[2]
         maps = []
-        for i, (hidden, residual) in zip(sorted(self.out_indices), taps, strict=True):
+        for i, (hidden, residual) in zip(self.out_indices, taps, strict=True):
             feature = self._feature(i, hidden, residual)
             maps.append(feature.transpose(1, 2).unflatten(2, grid))
         if self.if_fpn:
@@ -231,7 +254,7 @@ class DenseVisionMamba(Dense, VisionMamba):
     def _feature(self, index: int, hidden: Tensor, residual: Tensor) -> Tensor:
         if not self.use_residual_as_feature:
             return hidden
-        if index < len(self.layers) - 1:
+        if index < self._all_layers - 1:
             return self._stream(hidden, residual)
         if self.last_layer_process == "none":
             return hidden

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .layers.bimamba import BiMamba
+from .layers.conv2d import Conv2d
 from .layers.norm import RMSNorm
 from .layers.pos_embed import class_token_rows, insert_rows, resize_pos_embed, split_rows
 from .layers.rope import GridRope
@@ -42,7 +43,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int):
         super().__init__()
         self.patch_size, self.stride = patch_size, stride
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride)
+        self.proj = Conv2d(in_chans, dim, patch_size, stride)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))

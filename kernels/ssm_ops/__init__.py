@@ -1,6 +1,7 @@
 """Fast scan operators for vision state-space models. `python -m ssm_ops` tells what runs where."""
 
 from ._flops import flop_formulas, register_flop_formulas
+from ._library import no_autocast
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
 from .cross_scan import cross_merge, cross_scan
@@ -18,6 +19,7 @@ __all__ = [
     "cross_scan",
     "flop_formulas",
     "nc_ssd",
+    "no_autocast",
     "register_flop_formulas",
     "selective_scan",
     "ss2d_scan",

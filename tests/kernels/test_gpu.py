@@ -61,6 +61,19 @@ def test_selective_scan(case, impl, dtype):
             assert rms_error(value, want[key]) <= 2 * rms_error(reference[key], want[key]) + 1e-6, key
 
 
+@pytest.mark.parametrize("impl", implementations("selective_scan", "cuda"))
+def test_selective_scan_with_step_sizes_in_float32(impl):
+    made = to_gpu(scan_inputs(2, 24, 333, 2, groups=2, z=True))
+    rounded = {n: x if n == "delta" else x.bfloat16().double() for n, x in made.items()}
+    dout = torch.randn(rounded["u"].shape, device="cuda").bfloat16().double()
+    want = run_scan(to_dtype(rounded, torch.float64), dout, "reference")
+    given = to_dtype(rounded, torch.bfloat16) | {"delta": rounded["delta"].float().requires_grad_()}
+    got = run_scan(given, dout, impl, out_dtype=torch.float32)
+    assert got["ddelta"].dtype == torch.float32 and got["du"].dtype == got["dB"].dtype == torch.bfloat16
+    for key, value in got.items():
+        assert rms_error(value, want[key]) < (1e-5 if value.dtype == torch.float32 else 2**-8), key
+
+
 @DTYPES
 @pytest.mark.parametrize("impl", implementations("selective_scan", "cuda"))
 def test_selective_scan_gives_the_same_bits_again(impl, dtype):

@@ -97,6 +97,22 @@ def test_half_precision_rounds_only_the_results(name, dtype, impl):
             assert rms_error(value, want[key]) < (2e-6 if is_float32 else torch.finfo(dtype).eps / 2), key
 
 
+@IMPL
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["vmamba_v2", "grouped_delta"])
+def test_step_sizes_in_float32_beside_half_precision(name, dtype, impl):
+    *sizes, options = CASES[name]
+    rounded = {n: x if x is None else x.to(dtype).double() for n, x in scan_inputs(*sizes, **options).items()}
+    rounded["delta"] = (rounded["delta"] * 1.001).float().double()  # numbers that half precision does not have
+    dout = torch.randn(rounded["u"].shape).to(dtype).double()
+    want = oracle(rounded, dout)
+    given = to_dtype(rounded, dtype) | {"delta": rounded["delta"].float().requires_grad_()}
+    got = run(given, dout, impl, out_dtype=torch.float32)
+    assert got["ddelta"].dtype == torch.float32 and got["du"].dtype == got["dB"].dtype == dtype
+    for key, value in got.items():
+        assert rms_error(value, want[key]) < (2e-6 if value.dtype == torch.float32 else torch.finfo(dtype).eps / 2), key
+
+
 @pytest.mark.parametrize("impl", FLOAT64)
 def test_gradients_by_finite_differences(impl):
     inputs = to_dtype(scan_inputs(2, 4, 5, 2, groups=2, delta_dim=2, z=True), torch.float64)
@@ -195,7 +211,11 @@ BAD = {
     "float32, float16": ({"u": torch.zeros(2, 4, 9, dtype=torch.int32)}, TypeError),
     "A must be (4, 2)": ({"A": torch.zeros(3, 2)}, ValueError),
     "A must be torch.float32": ({"A": torch.zeros(4, 2, dtype=torch.float64)}, TypeError),
-    "delta must be torch.float32": ({"delta": torch.zeros(2, 4, 9).half()}, TypeError),
+    "delta must be torch.float32 beside": ({"delta": torch.zeros(2, 4, 9).half()}, TypeError),
+    "delta must be torch.float16 or torch.float32": (
+        {"u": torch.zeros(2, 4, 9).half(), "delta": torch.zeros(2, 4, 9).bfloat16()},
+        TypeError,
+    ),
     "delta must be (2, 4, 9)": ({"delta": torch.zeros(2, 4, 8)}, ValueError),
     "which does not divide the 4 channels": ({"B": torch.zeros(2, 3, 2, 9), "C": torch.zeros(2, 3, 2, 9)}, ValueError),
     "C must be (2, 1, 2, 9)": ({"C": torch.zeros(2, 1, 3, 9)}, ValueError),

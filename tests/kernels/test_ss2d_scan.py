@@ -86,6 +86,8 @@ def test_half_precision(dtype, impl):
     for key, value in got.items():
         assert value.dtype == reference[key].dtype
         assert rms_error(value, want[key]) <= 2 * rms_error(reference[key], want[key]) + 2e-6, key
+        if value.dtype == torch.float32 and impl != "triton":  # nothing was rounded on the way to it
+            assert rms_error(value, want[key]) < 2e-6, key
 
 
 @IMPL

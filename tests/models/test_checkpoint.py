@@ -174,10 +174,10 @@ BACKBONES = {
         ["norm.weight", "norm.bias", "head.weight", "head.bias"],
     ),
     "vim_nano": (
-        lambda: DenseVisionMamba(**VIM["vim_nano"] | {"stride": 16, "patch_size": 16}, out_indices=(1, 5)[:1]),
+        lambda: DenseVisionMamba(**VIM["vim_nano"] | {"stride": 16, "patch_size": 16}, out_indices=(5,)),
         [*(f"fpn1.{i}.{leaf}" for i in (0, 1, 3) for leaf in ("weight", "bias")), "fpn2.0.weight", "fpn2.0.bias"]
         + [f"fpn1.1.{leaf}" for leaf in ("running_mean", "running_var", "num_batches_tracked")],
-        ["cls_token", "head.weight", "head.bias"],
+        ["cls_token", "norm_f.weight", "head.weight", "head.bias"],
     ),
 }
 

@@ -548,7 +548,7 @@ def test_a_backbone_drops_the_class_token_and_its_row(mode, legacy):
     converted = backbone.convert_state_dict(classifier.state_dict(), legacy_pos_embed=legacy)
     rows = tuple(range(len(classifier.class_tokens()))) if legacy else class_token_rows(mode, 16)
     assert torch.equal(converted["pos_embed"], split_rows(classifier.pos_embed, rows)[0])
-    assert set(converted) - set(backbone.state_dict()) == {"head.weight", "head.bias"}
+    assert set(converted) - set(backbone.state_dict()) == {"head.weight", "head.bias", "norm_f.weight"}
     assert converted.keys() == backbone.convert_state_dict(converted).keys()  # twice is once
     assert torch.equal(backbone.convert_state_dict(converted)["pos_embed"], converted["pos_embed"])
     length, rows = classifier.pos_embed.shape[1], class_token_rows(mode, 16)

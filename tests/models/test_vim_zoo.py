@@ -398,21 +398,23 @@ def test_maps_are_what_blocks_add_or_the_residual_stream():
     ]
     for block in models[0].layers:
         block.register_forward_hook(lambda _m, _i, out: taps.append(out))
-    maps = []
+    maps, norm = [], models[-1].norm_f
     for model in models:
-        model.load_state_dict(models[0].state_dict())
+        theirs = norm.state_dict(prefix="norm_f.") if model is models[-1] else {}
+        model.load_state_dict(models[0].state_dict() | theirs)
         maps.append([m.flatten(2).mT for m in model.eval()(x)])
     (_, _), (h1, _), (_, r2), (h3, r3) = taps
-    last = (h3, h3, r3 + h3, models[0].norm_f(r3 + h3))
+    last = (h3, h3, r3 + h3, norm(r3 + h3))
     for got, first, second in zip(maps, (h1, r2, r2, r2), last, strict=True):
         torch.testing.assert_close(got[0], first)
         torch.testing.assert_close(got[1], second)
 
 
-def test_blocks_after_the_last_map_do_not_run():
-    model = dense(out_indices=(1,), if_fpn=False)
-    model.layers[2].register_forward_hook(lambda *_: pytest.fail("ran"))
+def test_blocks_after_the_last_map_are_not_there():
+    model, pairs = (dense(out_indices=(0,), if_fpn=False, if_bidirectional=pairs) for pairs in (False, True))
     assert model(torch.randn(1, 3, 64, 64))[0].shape == (1, 16, 4, 4)
+    assert (len(model.layers), len(pairs.layers)) == (1, 2)  # pairs stay together
+    assert not hasattr(model, "norm_f") and "layers.3.norm.weight" in model.unneeded
 
 
 def test_pyramid_takes_published_synchronised_norms():

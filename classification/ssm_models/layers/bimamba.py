@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor
 
-from ssm_ops import bidirectional_scan, causal_conv1d, selective_scan
+from ssm_ops import bidirectional_scan, causal_conv1d, no_autocast, selective_scan
 
 from .norm import Linear
 from .ssm_init import mamba_dt_bias
@@ -135,9 +135,12 @@ class BiMamba(nn.Module):
         """(B, L, E) -> the scan from the first token to the last."""
         u = self._conv(x, self.conv1d)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+        weight = _at_least_float32(self.dt_proj.weight)
+        with no_autocast(u.device.type):  # step sizes in float32, as `bidirectional_scan` has them
+            delta = weight @ dt.mT.to(weight.dtype)  # (B, E, L)
         y = selective_scan(
             u.mT,
-            F.linear(dt, self.dt_proj.weight).mT.to(u.dtype),
+            delta,
             -_at_least_float32(self.A_log).exp(),
             B.mT.to(u.dtype),
             C.mT.to(u.dtype),

@@ -6,8 +6,10 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .conv2d import Conv2d
 
-class DepthwiseConv(nn.Conv2d):
+
+class DepthwiseConv(Conv2d):
     """3x3 depthwise convolution with bias, (B, H, W, C) -> the same.
 
     The NCHW view of a contiguous NHWC map is what PyTorch calls channels_last: nothing is copied on the way in or out.
@@ -39,7 +41,7 @@ class ConvNormAct(nn.Module):
         act: bool = True,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias)
+        self.conv = Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 

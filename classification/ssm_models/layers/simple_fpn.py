@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor
 
+from .conv2d import Conv2d
+
 _norm = partial(LayerNorm2d, eps=1e-6)
 
 
-class _Conv(nn.Conv2d):
+class _Conv(Conv2d):
     """A convolution without bias, normed."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int):

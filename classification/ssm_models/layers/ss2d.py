@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor
 
-from ssm_ops import selective_scan, ss2d_scan
+from ssm_ops import no_autocast, selective_scan, ss2d_scan
 
 from .act import get_act
+from .conv2d import Conv2d
 from .forward_type import parse_forward_type
 from .norm import get_linear, get_norm, to_channel_first, to_channel_last
 from .ssm_init import ssm_parameters, x_proj_parameter
@@ -83,7 +84,7 @@ class SS2D(nn.Module):
             self.out_norm = out_norm
         self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False)
         if d_conv > 1:
-            self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias)
+            self.conv2d = Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias)
         else:
             self.conv2d = nn.Identity()
         self.act = get_act(act_layer)
@@ -134,32 +135,37 @@ class SS2D(nn.Module):
         """Each row both ways, then each column both ways; layouts as `_scan_map`.
 
         The backward pass of a pair is added without being reversed again. Nobody has said why, but it is the published
-        model, and weights depend on it.
+        model, and weights depend on it. All of it is in float32, as the norms' results are, whatever autocast says.
         """
+        with no_autocast(x.device.type):
+            x = self._cascade_in_float32(x).to(self.Ds.dtype)
+        return x if self.channel_first else x.permute(0, 2, 3, 1)
+
+    def _cascade_in_float32(self, x: Tensor) -> Tensor:
+        """(B, D, H, W) -> the same."""
         weight, A, Ds, bias = self._parameters_of_scan()
+        x_proj, x = self.x_proj_weight.to(weight.dtype), x.to(weight.dtype)
         for first, line_dim in ((0, 2), (2, 3)):
             which = slice(first, first + 2)
             x = F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2])  # (B, H, W, D)
             lines = x.permute(0, 1, 3, 2) if line_dim == 2 else x.permute(0, 2, 3, 1)  # (B, lines, D, length)
             sequence = lines.flatten(0, 1)
             u = torch.stack([sequence, sequence.flip(2)], 1)  # (B*lines, 2, D, length)
-            dt, B, C = (self.x_proj_weight[which] @ u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
-            delta = weight[which] @ dt.to(weight.dtype)
+            dt, B, C = (x_proj[which] @ u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
             y = selective_scan(
-                u.flatten(1, 2).to(weight.dtype),
-                delta.flatten(1, 2).to(weight.dtype),
+                u.flatten(1, 2),
+                (weight[which] @ dt).flatten(1, 2),
                 A.unflatten(0, (K, -1))[which].flatten(0, 1),
-                B.to(weight.dtype),
-                C.to(weight.dtype),
+                B,
+                C,
                 Ds.unflatten(0, (K, -1))[which].flatten(),
                 bias.unflatten(0, (K, -1))[which].flatten(),
                 delta_softplus=True,
-                out_dtype=self.Ds.dtype,
                 impl=self.impl,
             )
             x = y.unflatten(1, (2, -1)).sum(1).unflatten(0, lines.shape[:2])  # (B, lines, D, length)
             x = x.permute(0, 2, 1, 3) if line_dim == 2 else x.permute(0, 2, 3, 1)  # (B, D, H, W)
-        return x if self.channel_first else x.permute(0, 2, 3, 1)
+        return x
 
 
 # ---- shared by the mixers of VMamba ----
@@ -192,8 +198,8 @@ def make_out_norm(kind: str, dim: int, channel_first: bool) -> nn.Module:
     if kind == "softmax":
         return SpatialSoftmax(channel_first)
     if kind == "dwconv3":
-        return nn.Sequential(first(), nn.Conv2d(dim, dim, **conv), last())
-    return nn.Sequential(norm(dim), first(), nn.Conv2d(dim, dim, **conv), last())  # cnorm
+        return nn.Sequential(first(), Conv2d(dim, dim, **conv), last())
+    return nn.Sequential(norm(dim), first(), Conv2d(dim, dim, **conv), last())  # cnorm
 
 
 class SpatialSoftmax(nn.Module):

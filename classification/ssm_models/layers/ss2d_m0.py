@@ -18,6 +18,7 @@ from torch import Tensor
 from ssm_ops import cross_merge, cross_scan, ssd_chunk_scan
 
 from .act import get_act
+from .conv2d import Conv2d
 from .forward_type import parse_m0
 from .norm import get_linear, to_channel_first, to_channel_last
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
@@ -76,7 +77,7 @@ class SS2DM0(nn.Module):
         if d_conv > 1:  # the place in the Sequential is a checkpoint key
             self.conv2d = nn.Sequential(
                 nn.Identity() if channel_first else to_channel_first(),
-                nn.Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias),
+                Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias),
                 nn.Identity() if channel_first else to_channel_last(),
             )
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ssm_ops import cross_merge, cross_scan, selective_scan, ss2d_scan
 
 from .act import get_act
+from .conv2d import Conv2d
 from .forward_type import parse_xv
 from .norm import get_linear
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
@@ -153,7 +154,7 @@ class SS2DXv(nn.Module):
         return y.unflatten(2 if self.channel_first else 1, size)
 
 
-class MapConv(nn.Conv2d):
+class MapConv(Conv2d):
     """Depthwise convolution of a map in the layout of the block."""
 
     def __init__(self, dim: int, kernel_size: int, bias: bool, channel_first: bool):

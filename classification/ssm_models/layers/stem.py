@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conv2d import Conv2d
 from .norm import get_linear, get_norm, is_channel_first, to_channel_first, to_channel_last
 
 STEMS = ("v1", "v2")
@@ -27,17 +28,17 @@ def make_stem(
     last = nn.Identity if channel_first else to_channel_last
     first = nn.Identity if channel_first else to_channel_first
     if version == "v1":
-        return nn.Sequential(nn.Conv2d(in_chans, dim, patch_size, patch_size), last(), norm(dim))
+        return nn.Sequential(Conv2d(in_chans, dim, patch_size, patch_size), last(), norm(dim))
     if version == "v2":
         stride = patch_size // 2
         conv = {"kernel_size": stride + 1, "stride": stride, "padding": 1}
         return nn.Sequential(
-            nn.Conv2d(in_chans, dim // 2, **conv),
+            Conv2d(in_chans, dim // 2, **conv),
             last(),
             norm(dim // 2),
             first(),
             nn.GELU(),
-            nn.Conv2d(dim // 2, dim, **conv),
+            Conv2d(dim // 2, dim, **conv),
             last(),
             norm(dim),
         )
@@ -70,7 +71,7 @@ def make_downsample(version: str, dim: int, out_dim: int, norm_layer: str) -> nn
         kernel = {"kernel_size": 2, "stride": 2} if version == "v2" else {"kernel_size": 3, "stride": 2, "padding": 1}
         return nn.Sequential(
             nn.Identity() if channel_first else to_channel_first(),
-            nn.Conv2d(dim, out_dim, **kernel),
+            Conv2d(dim, out_dim, **kernel),
             nn.Identity() if channel_first else to_channel_last(),
             get_norm(norm_layer)(out_dim),
         )

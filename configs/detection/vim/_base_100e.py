@@ -92,5 +92,3 @@ param_scheduler = [
 ]
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5000, max_keep_ckpts=2))
 log_processor = dict(by_epoch=False)
-# the last norm of the classifier has no use here
-find_unused_parameters = True

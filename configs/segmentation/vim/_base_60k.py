@@ -40,5 +40,3 @@ param_scheduler = [
     dict(type="PolyLR", eta_min=0.0, power=1.0, begin=1500, end=60000, by_epoch=False),
 ]
 default_hooks = dict(checkpoint=dict(interval=1000, max_keep_ckpts=2, save_best="mIoU"))
-# the last norm of the classifier has no use here
-find_unused_parameters = True

@@ -37,7 +37,8 @@ def selective_scan(
 
     Args:
         u: (B, D, L), float32, float16, bfloat16 or float64; any strides.
-        delta: (B, Dd, L), Dd divides D: channel d takes delta of channel d // (D/Dd). Dtype of u.
+        delta: (B, Dd, L), Dd divides D: channel d takes delta of channel d // (D/Dd). Dtype of u, or float32 beside
+            half precision: step sizes that were formed in float32 need not be rounded.
         A: (D, N), as D and delta_bias in float32 (float64 where u is).
         B, C: (B, G, N, L) or, for one group, (B, N, L). G divides D. Dtype of u.
         D: (D,), the skip connection.
@@ -118,13 +119,15 @@ def _check(u, delta, A, B, C, D, delta_bias, z) -> None:
         if part == 0 or dim % part:
             raise ValueError(f"selective_scan: {name}, is {part}, which does not divide the {dim} channels of u")
     maps = {
-        "delta": (delta, (batch, delta_dim, length)),
         "B": (B, (batch, groups, n_state, length)),
         "C": (C, (batch, groups, n_state, length)),
         "z": (z, (batch, dim, length)),
     }
     parameters = {"A": (A, (dim, n_state)), "D": (D, (dim,)), "delta_bias": (delta_bias, (delta_dim,))}
-    for expected, tensors in ((u.dtype, maps), (ops.state_dtype(u.dtype), parameters)):
+    own, wide = u.dtype, ops.state_dtype(u.dtype)
+    either = dict.fromkeys((own, wide))
+    step_sizes = {"delta": (delta, (batch, delta_dim, length))}
+    for legal, tensors in ((either, step_sizes), ((own,), maps), ((wide,), parameters)):
         for name, (x, shape) in tensors.items():
             if x is None:
                 continue
@@ -132,7 +135,8 @@ def _check(u, delta, A, B, C, D, delta_bias, z) -> None:
                 raise ValueError(
                     f"selective_scan: {name} must be {tuple(shape)} for u {tuple(u.shape)}, got {tuple(x.shape)}"
                 )
-            if x.dtype != expected:
+            if x.dtype not in legal:
+                expected = " or ".join(map(str, legal))
                 raise TypeError(f"selective_scan: {name} must be {expected} beside u in {u.dtype}, got {x.dtype}")
             if x.device != u.device:
                 raise ValueError(f"selective_scan: {name} is on {x.device}, u is on {u.device}")

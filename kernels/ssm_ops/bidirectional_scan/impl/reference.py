@@ -17,7 +17,7 @@ def composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype
     there, back = proj.mT.chunk(2, dim=1)
     dt, B, C = torch.stack([there, back.flip(2)], 1).split([rank, n_state, n_state], dim=2)  # (B, S, *, L)
     with no_autocast(u.device.type):
-        delta = (dt_weight @ dt.to(dt_weight.dtype)).to(u.dtype)  # (B, S, D, L)
+        delta = dt_weight @ dt.to(dt_weight.dtype)  # (B, S, D, L), a sum: it stays in float32
     y = selective_scan(
         u,
         delta.flatten(1, 2),

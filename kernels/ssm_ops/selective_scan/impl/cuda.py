@@ -28,6 +28,8 @@ from ..ops import STATE_CHUNK
 
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.forward`."""
+    if delta.dtype != u.dtype:
+        u, B, C, z = _widened(u, B, C, z)
     u, delta, B, C, z = (_time_contiguous(x) for x in (u, delta, B, C, z))
     A, D, delta_bias = (None if x is None else x.contiguous() for x in (A, D, delta_bias))
     (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]
@@ -47,6 +49,11 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> t
 
 def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) -> tuple[Tensor, ...]:
     """As `reference.backward`."""
+    if delta.dtype != u.dtype:
+        given = (u, delta, A, B, C, D, z, delta_bias)
+        u, B, C, z = _widened(u, B, C, z)
+        grads = backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus)
+        return tuple(g.to(given[0].dtype if x is None else x.dtype) for x, g in zip(given, grads, strict=True))
     dout = dout if dout.dtype in (u.dtype, torch.float32) else dout.to(torch.float32)
     dout, u, delta, B, C, z = (_time_contiguous(x) for x in (dout, u, delta, B, C, z))
     A, D, delta_bias = (None if x is None else x.contiguous() for x in (A, D, delta_bias))
@@ -100,6 +107,11 @@ def _launch(direction, u, delta, z, dout, B, C, A, D, bias, softplus, lanes, war
             call("cuda", f"selective_scan_{direction}_{str(u.dtype).removeprefix('torch.')}", arguments)
     except RuntimeError as error:
         raise RuntimeError(f"{error} (on cuda:{device}, {torch.cuda.get_device_name(device)})") from None
+
+
+def _widened(*maps: Tensor | None) -> list[Tensor | None]:
+    """Float32 copies, for step sizes in float32: a kernel reads all its maps in one dtype."""
+    return [None if x is None else x.float() for x in maps]
 
 
 def _time_contiguous(x: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ def composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl) -> Te
     fields = proj.unflatten(3, (4, -1)).permute(0, 3, 4, 1, 2)  # (B, K, R + 2N, H, W)
     dt, B, C = cross_scan(fields, one_by_one=True, scans=scans, impl=impl).split([rank, n_state, n_state], dim=2)
     with no_autocast(x.device.type):
-        delta = (dt_weight @ dt.to(dt_weight.dtype)).to(x.dtype)  # (B, K, D, L)
+        delta = dt_weight @ dt.to(dt_weight.dtype)  # (B, K, D, L), a sum: it stays in float32
     y = selective_scan(
         routes.flatten(1, 2),
         delta.flatten(1, 2),
