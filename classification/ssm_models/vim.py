@@ -468,7 +468,7 @@ class VisionMamba(TimmModel):
         """Drop what the maps of the blocks `indices` do not need; returns the indices as non-negative numbers."""
         wanted, last = feature_take_indices(len(self.layers), indices)
         last += self.if_bidirectional and last % 2 == 0  # pairs stay together
-        self.layers = self.layers[: last + 1]
+        del self.layers[last + 1 :]
         if prune_norm:
             self.norm_f = nn.Identity().train(self.training)
         if prune_head:

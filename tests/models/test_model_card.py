@@ -181,6 +181,15 @@ def test_given_model_is_counted_and_left_alone(kwargs):
     assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano"])
+def test_a_number_is_the_side_of_a_square(name):
+    assert model_card(name, 32) == card(name, (3, 32, 32))
+    gray = timm.create_model(name, in_chans=1)
+    assert model_card(gray, 48) == model_card(gray, (1, 48, 48))
+    with pytest.raises(ValueError, match=r"input_size=\(3, 0, 0\) is not"):
+        model_card(name, 0)
+
+
 def test_backbone_has_a_norm_per_map_instead_of_the_head():
     arguments = {"depths": (1, 2), "dims": (16, 32), "forward_type": "v05_noz", "ssm_d_state": 1, "num_classes": 7}
     dense, whole = (model_card(kind(**arguments), (3, 32, 64)) for kind in (dense_of_two_maps, VSSM))

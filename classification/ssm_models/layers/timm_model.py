@@ -206,7 +206,7 @@ class PyramidModel(TimmModel):
         """
         wanted, last = feature_take_indices(len(self.layers), indices)
         shorter = last < len(self.layers) - 1
-        self.layers = self.layers[: last + 1]
+        del self.layers[last + 1 :]
         self.layers[-1].downsample = nn.Identity().train(self.training)
         self.num_layers, self.num_features = last + 1, self.dims[last]
         if prune_norm or shorter:
