@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, create_classifier, lecun_normal_, to_2tuple, trunc_normal_
+from timm.layers import DropPath, create_classifier, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers.bimamba import BiMamba
 from .layers.norm import RMSNorm
-from .layers.pos_embed import class_token_rows, insert_rows, resize_pos_embed, split_rows
+from .layers.patch_embed import PatchEmbed
+from .layers.pos_embed import class_token_rows, grid_with, insert_rows, resize_pos_embed, split_rows
 from .layers.rope import GridRope
 from .layers.timm_model import POOLS, TimmModel, convert_incoming, init_linear
 
@@ -35,35 +36,6 @@ CLS_TOKENS = ("cls_token", "cls_token_head", "cls_token_tail")
 POOL_TYPES = ("none", "mean", "max", "all")
 # timm's names for the same
 _TIMM_POOLS = {"mean": "avg", "all": ""}
-
-
-class PatchEmbed(nn.Module):
-    """Patches of an image as tokens; they overlap where the stride is smaller than a patch."""
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        patch_size: int,
-        stride: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.patch_size, self.stride = patch_size, stride
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride, device=device, dtype=dtype)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        lecun_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, h*w, C)"""
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class VimBlock(nn.Module):
@@ -528,8 +500,8 @@ def bring_to_grid(
     for name in ("rope.freqs_cos", "rope.freqs_sin"):
         # published detectors and segmentors rotate, the classifiers that they start from do not
         if name in own and (backbone or name in converted):
-            rows = len(converted.get(name, own[name]))
-            if name not in converted or _grid_with(rows, grids) != model.grid:
+            same = name in converted and converted[name].shape == own[name].shape
+            if not (same and grid_with(len(own[name]), grids) == model.grid):
                 converted[name] = own[name]
     tokens, kept = sum(name in converted for name in CLS_TOKENS), len(model.class_tokens())
     if not kept and "head.weight" not in own:
@@ -540,7 +512,7 @@ def bring_to_grid(
     if pos_embed is None or "pos_embed" not in own:
         return converted
     patches, wanted = pos_embed.shape[1] - tokens, math.prod(model.grid)
-    old_grid = _grid_with(patches, grids)
+    old_grid = grid_with(patches, grids)
     if old_grid is None:
         raise ValueError(
             f"pos_embed of {pos_embed.shape[1]} rows has {patches} beside {tokens} class tokens: neither the {wanted} "
@@ -555,12 +527,6 @@ def bring_to_grid(
         new_rows = class_token_rows(model._resting_mode(), wanted)
     converted["pos_embed"] = resize_pos_embed(pos_embed, old_grid, model.grid, tuple(old_rows), tuple(new_rows))
     return converted
-
-
-def _grid_with(patches: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """The first of `grids`, or else the square one, that has so many patches."""
-    side = math.isqrt(max(patches, 0))
-    return next((grid for grid in (*grids, (side, side)) if math.prod(grid) == patches > 0), None)
 
 
 # ---- variants ----

@@ -23,7 +23,7 @@ from .layers.conv import DepthwiseConv
 from .layers.conv_stem import ConvDownsample, ConvStem, SimpleDownsample, SimpleStem
 from .layers.mlp import Mlp
 from .layers.nc_ssd import NCSSD
-from .layers.timm_model import PyramidModel, Stage, reset
+from .layers.timm_model import PyramidModel, Stage, classify, reset
 
 __all__ = ["VSSD"]
 
@@ -181,7 +181,7 @@ class VSSD(PyramidModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map -> logits, or with `pre_logits` what the linear layer sees, (B, head_hidden_size)."""
         x = self.pool(self.norm(x))
-        return x if pre_logits else self._classify(x)
+        return x if pre_logits else classify(self.head, x, self.output_fmt)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), any H and W (from 4 on with the simple stem) -> logits (B, num_classes)."""

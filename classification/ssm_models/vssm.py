@@ -28,7 +28,7 @@ from .layers.ss2d import SS2D
 from .layers.ss2d_m0 import SS2DM0
 from .layers.ss2d_xv import SS2DXv
 from .layers.stem import make_downsample, make_stem, stem_grid, stem_stride
-from .layers.timm_model import PyramidModel, Stage, convert_incoming
+from .layers.timm_model import PyramidModel, Stage, classify, convert_incoming
 
 __all__ = ["VSSM"]
 
@@ -76,14 +76,15 @@ class VSSBlock(nn.Module):
 class ClassifierHead(nn.Module):
     """norm -> pool -> dropout -> linear, of which pool and linear (`head`) are the model's to set."""
 
-    def __init__(self, norm: nn.Module, drop_rate: float):
+    def __init__(self, norm: nn.Module, drop_rate: float, output_fmt: str):
         super().__init__()
+        self.output_fmt = output_fmt
         self.norm = norm
         self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """A map -> what the linear layer sees."""
-        return self.drop(self.pool(self.norm(x)))
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.pool(self.norm(x)))
+        return x if pre_logits else classify(self.head, x, self.output_fmt)
 
 
 class VSSM(PyramidModel):
@@ -203,7 +204,7 @@ class VSSM(PyramidModel):
             self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"layers.{i}.blocks"})
             stride *= 1 if downsample_version == "none" else 2
 
-        self.classifier = ClassifierHead(get_norm(norm_layer)(dims[-1], **dd), drop_rate)
+        self.classifier = ClassifierHead(get_norm(norm_layer)(dims[-1], **dd), drop_rate, self.output_fmt)
         self._set_classifier(num_classes, global_pool, **dd)
         self.init_weights(needs_reset=False)
         self.set_grad_checkpointing(use_checkpoint)
@@ -230,8 +231,7 @@ class VSSM(PyramidModel):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map -> logits, or with `pre_logits` what the linear layer sees, (B, head_hidden_size)."""
-        x = self.classifier(x)
-        return x if pre_logits else self._classify(x)
+        return self.classifier(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), any H and W from `patch_size` on -> logits (B, num_classes)."""

@@ -12,7 +12,6 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.data import resolve_model_data_config
 from timm.models import group_parameters
 from torch import nn
 
@@ -242,10 +241,10 @@ def test_what_is_no_batch_of_images_is_refused(name, bad):
 @pytest.mark.parametrize("name", KINDS)
 def test_other_channels(name):
     model = small(name, in_chans=5)
-    assert (
-        model.in_chans == 5
-        and resolve_model_data_config(model)["input_size"][1:] == model.default_cfg["input_size"][1:]
-    )
+    assert model.in_chans == 5
+    if hasattr(timm.data, "resolve_input_data_config"):  # not in timm's first versions that we take
+        config = timm.data.resolve_input_data_config(model)
+        assert config["input_size"][0] == len(config["mean"]) == 5
     assert model(image(channels=5)).shape == (2, 5)
     with pytest.raises(ValueError, match=r"images must be \(B, 5, H, W\), not \(2, 3, 32, 48\)$"):
         model(image())

@@ -31,6 +31,13 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def classify(head: nn.Module, x: Tensor, output_fmt: str) -> Tensor:
+    """Pooled features (B, C) -> logits (B, classes); without pooling those of every pixel of a map, in its layout."""
+    if x.dim() == 4 and output_fmt == "NCHW":
+        return head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return head(x)
+
+
 def convert_incoming(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """Hook of `load_state_dict`: convert this model's entries in place, also as a part ("backbone.") of another."""
     mine = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
@@ -166,13 +173,6 @@ class PyramidModel(TimmModel):
         if output_fmt != self.output_fmt:
             x = x.permute(0, 2, 3, 1) if output_fmt == "NHWC" else x.permute(0, 3, 1, 2)
         return x.contiguous()
-
-    def _classify(self, x: Tensor) -> Tensor:
-        """Pooled features (B, C), or those of every pixel in the layout of the model -> logits likewise."""
-        head = self.get_classifier()
-        if x.dim() == 4 and self.output_fmt == "NCHW":
-            return head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return head(x)
 
     def get_classifier(self) -> nn.Module:
         return self._top().head
