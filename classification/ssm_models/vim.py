@@ -497,12 +497,14 @@ def bring_to_grid(
     own = model.state_dict()
     converted = dict(state_dict)
     backbone = "head.weight" not in own and not model.class_tokens()
-    for name in ("rope.freqs_cos", "rope.freqs_sin"):
+    # computed, as a model on the meta device has none
+    tables = () if model.rope is None else model.rope.tables(*model.grid)
+    for name, table in zip(("rope.freqs_cos", "rope.freqs_sin"), tables, strict=False):
         # published detectors and segmentors rotate, the classifiers that they start from do not
-        if name in own and (backbone or name in converted):
-            same = name in converted and converted[name].shape == own[name].shape
-            if not (same and grid_with(len(own[name]), grids) == model.grid):
-                converted[name] = own[name]
+        if backbone or name in converted:
+            same = name in converted and converted[name].shape == table.shape
+            if not (same and grid_with(len(table), grids) == model.grid):
+                converted[name] = table.to(own[name].dtype)
     tokens, kept = sum(name in converted for name in CLS_TOKENS), len(model.class_tokens())
     if not kept and "head.weight" not in own:
         converted = {name: value for name, value in converted.items() if name not in CLS_TOKENS}

@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 from yacs.config import CfgNode
 
 from ssm_models import load_checkpoint, read_checkpoint
+from ssm_models.vim import checkpoint_filter_fn
 from tests.models.golden import fill_model
 
 MODELS = ["vmamba_nano", "vim_nano", "vssd_nano"]
@@ -147,6 +148,11 @@ def test_rectangular_images_of_another_size(size, kwargs, tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).eval()
     assert model.grid == (size[0] // 4, size[1] // 4)
     torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-5)  # which resizes as it runs
+
+    shell = timm.create_model("vim_nano", img_size=size, num_classes=4, device="meta", **kwargs)
+    shell.pretrained_model_args = {"img_size": (48, 16)}
+    shell.load_state_dict(checkpoint_filter_fn(source.state_dict(), shell), assign=True)
+    assert torch.equal(shell.eval()(x), model(x))
 
     own = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(own, strict=True)  # is of this size, whatever is known of the source

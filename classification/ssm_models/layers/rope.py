@@ -39,11 +39,11 @@ class GridRope(nn.Module):
 
     def reset_parameters(self) -> None:
         """The tables anew; they are computed, not learned."""
-        cos, sin = self._tables(*self.grid, device=self.freqs_cos.device)
+        cos, sin = self.tables(*self.grid, device=self.freqs_cos.device)
         self.freqs_cos.copy_(cos)
         self.freqs_sin.copy_(sin)
 
-    def _tables(self, h: int, w: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def tables(self, h: int, w: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """(h * w, C) each."""
         half = self.dim // 2
         # written so that the tables equal those in the checkpoints to the last bit
@@ -62,7 +62,7 @@ class GridRope(nn.Module):
         if tuple(grid) == self.grid:
             cos, sin = self.freqs_cos, self.freqs_sin
         else:
-            cos, sin = self._tables(*grid, device=x.device)
+            cos, sin = self.tables(*grid, device=x.device)
         a, b = x.unflatten(2, (-1, 2)).unbind(3)
         turned = torch.stack([-b, a], 3).flatten(2)
         return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
