@@ -41,6 +41,7 @@ class BiMamba(nn.Module):
         init_layer_scale: initial value of factors per channel of the output, `gamma`; None for none.
         impl: implementation of the scan, see `ssm_ops`; the convolution takes the fastest there is, or "reference" with
             the scan. Under timm's exportable flag both do.
+        device, dtype: of the parameters, as in PyTorch's layers.
     """
 
     def __init__(

@@ -38,6 +38,7 @@ class NCSSD(nn.Module):
             NC-SSD knows no direction.
         chunk_size: of the causal form; changes time and memory, not the result.
         impl: implementation of the operators, see `ssm_ops`; under timm's exportable flag "reference" is taken.
+        device, dtype: of the parameters, as in PyTorch's layers.
     """
 
     def __init__(

@@ -41,6 +41,7 @@ class SS2D(nn.Module):
         forward_type: the published name of the variant, see forward_type.py.
         channel_first: (B, C, H, W) instead of (B, H, W, C).
         impl: implementation of the operators, see `ssm_ops`; under timm's exportable flag "reference" is taken.
+        device, dtype: of the parameters, as in PyTorch's layers.
     """
 
     def __init__(
