@@ -60,7 +60,7 @@ class TimmModel(nn.Module):
     head_hidden_size: int
     global_pool: str
 
-    def init_weights(self, needs_reset: bool = True) -> None:
+    def init_weights(self, *, needs_reset: bool = True) -> None:
         """All parameters and buffers anew, as for a model built on the meta device that `to_empty` brought to another.
 
         Args:
