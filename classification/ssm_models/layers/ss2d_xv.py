@@ -80,8 +80,8 @@ class SS2DXv(nn.Module):
         self.initialize = initialize
         parameters = ssm_parameters(K, d_inner, d_state, rank, **dd)
         for name in ("dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"):
-            given = name == "dt_projs_weight" and self.dt == "given"
-            self.register_parameter(name, None if given else parameters[name])
+            if name != "dt_projs_weight" or self.dt != "given":
+                self.register_parameter(name, parameters[name])
         self.out_norm = make_out_norm(variant.out_norm, d_inner, channel_first, **dd)
         linear = get_linear(channel_first)
         self.in_proj = linear(d_model, sum(self.splits), bias=False, **dd)
@@ -98,7 +98,8 @@ class SS2DXv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        reset_ssm(self.initialize, self.A_logs, self.Ds, self.dt_projs_weight, self.dt_projs_bias, dt_std=1.0)
+        dt_weight = None if self.dt == "given" else self.dt_projs_weight
+        reset_ssm(self.initialize, self.A_logs, self.Ds, dt_weight, self.dt_projs_bias, dt_std=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""
