@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,8 @@ from ssm_train.cli import main
 from ssm_train.common.fileio import folder_lock
 from ssm_train.record.checkpoint import CheckpointStore, Position
 
-MAIN = Path(main.__code__.co_filename)
+from .conftest import MAIN
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 KILLS = 50
 EPOCHS = 150
@@ -46,9 +46,11 @@ def fork():
         child.join()
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, job: subprocess.Popen | None = None, seconds: float = 300) -> None:
+    """Wait for `condition`; fails as soon as `job` has ended without it. The limit is for what hangs, not for speed."""
     deadline = time.monotonic() + seconds
     while not condition():
+        assert job is None or job.poll() is None, f"ended with {job.returncode}: {job.communicate()}"
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.005)
 
@@ -103,7 +105,7 @@ def test_preemption_saves_and_ends(fork, tiny_cfg, same_state, read_log, tmp_pat
     child = fork("--output", run, *options)
     until(lambda: (run / "log.jsonl").exists() and len(read_log(run, "train")) > 7)
     os.kill(child.pid, number)
-    child.join(60)
+    child.join(300)
     assert child.exitcode == 0
     [event] = read_log(run, "event")
     assert (event["what"], event["signal"]) == ("preempted", number.name)
@@ -122,9 +124,9 @@ def test_preemption_of_a_whole_job(tiny_cfg, tmp_path):
     job = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
-    until(lambda: (tmp_path / "run/checkpoints/epoch_0001").exists())
+    until(lambda: (tmp_path / "run/checkpoints/epoch_0001").exists(), job)
     os.killpg(job.pid, signal.SIGTERM)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=300)
     assert (job.returncode, err) == (0, "")
     assert out.splitlines()[-1].startswith("stopped by SIGTERM after epoch")
     assert CheckpointStore(tmp_path / "run/checkpoints", 3).newest_valid().position > Position(1)
@@ -138,11 +140,11 @@ def test_preemption_of_one_rank_stops_both(tiny_cfg, tmp_path):
     command += ["--opts", "TRAIN.EPOCHS", "4000", "TRAIN.SAVE_UPDATES", "0"]
     environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
     launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: (run / "checkpoints/epoch_0001").exists())
+    until(lambda: (run / "checkpoints/epoch_0001").exists(), launcher)
     workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[1]), signal.SIGTERM)
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, err[-3000:]
     assert "stopped by" in out and "continue with --resume auto" in out
 
