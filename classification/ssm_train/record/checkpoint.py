@@ -33,14 +33,14 @@ from torch import nn
 
 from ssm_models.checkpoint import describe_difference
 from ssm_train.common.errors import UserError
-from ssm_train.common.fileio import is_disk_full, link_atomic, sync_folder, write_synced
+from ssm_train.common.fileio import ASIDE, is_disk_full, link_atomic, sync_folder, write_synced
 
 _log = logging.getLogger(__name__)
 
 MODEL, MODEL_EMA, TRAIN_STATE, META = "model.safetensors", "model_ema.safetensors", "train_state.pt", "meta.json"
 _SUMS = "SHA256SUMS"
 _NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?")
-_NEW, _OLD, _GONE = ".tmp-", ".old-", ".gone-"
+_NEW, _OLD, _GONE = ASIDE, ".old-", ".gone-"
 
 
 class Position(NamedTuple):
