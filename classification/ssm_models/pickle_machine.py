@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 # beyond what any training script saves, and small enough for whoever walks through the values by recursion
 _MAX_DEPTH = 100
-# how often a value may be seen from different places, as a multiple of the pickle's length: otherwise a few bytes unfold
-# to a tree of any size
+# how often values may be seen from different places, as a multiple of the pickle's length: otherwise a few bytes
+# unfold to a tree of any size
 _MAX_SHARING = 100
 # each makes at most some 300 bytes, out of as little as one
 _MAX_INSTRUCTIONS = 1 << 20
@@ -56,9 +56,7 @@ class Record:
 Call = Callable[..., Any]
 
 
-def run(
-    file: io.BufferedIOBase, calls: Mapping[str, Call | None], find_storage: Callable[[Any], Any]
-) -> Any:
+def run(file: io.BufferedIOBase, calls: Mapping[str, Call | None], find_storage: Callable[[Any], Any]) -> Any:
     """The value of the pickle at the position of `file`, which is left behind it.
 
     Args:
@@ -71,21 +69,33 @@ def run(
         Malformed, Refused: with the reason.
     """
     machine = _Machine(calls, find_storage)
-    start = end = file.tell()
+    start = file.tell()
     try:
-        for number, (opcode, argument, end) in enumerate(pickletools.genops(file)):
-            if number == _MAX_INSTRUCTIONS:
-                raise Refused(f"more than {_MAX_INSTRUCTIONS} instructions")
-            machine.step(opcode.name, argument)
+        for _ in range(_MAX_INSTRUCTIONS):
+            if machine.step(*_instruction(file)):
+                break
+        else:
+            raise Refused(f"more than {_MAX_INSTRUCTIONS} instructions")
     except (Refused, Malformed):
         raise
-    # of genops and of senseless orders of instructions
+    # of arguments that end early, and of senseless orders of instructions
     except (ValueError, TypeError, LookupError, OverflowError) as error:
-        raise Malformed(f"its pickle ends at byte {end - start} ({type(error).__name__})") from error
+        place = file.tell() - start
+        raise Malformed(f"its pickle is broken before byte {place} ({type(error).__name__})") from error
     if len(machine.stack) != 1 or machine.marks:
         raise Malformed("its pickle leaves more than one value")
-    _check_shape(machine.stack[0], end - start)
+    _check_shape(machine.stack[0], file.tell() - start)
     return machine.stack[0]
+
+
+def _instruction(file: io.BufferedIOBase) -> tuple[str, Any]:
+    """Name and argument of the next one."""
+    opcode = pickletools.code2op.get(file.read(1).decode("latin-1"))
+    if opcode is None:
+        raise Malformed("its pickle is broken: an instruction that there is not")
+    if opcode.name not in _KNOWN:
+        raise Refused(f"instruction {opcode.name}")
+    return opcode.name, opcode.arg and opcode.arg.reader(file)
 
 
 class _Machine:
@@ -97,7 +107,8 @@ class _Machine:
         self.marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
-    def step(self, name: str, argument: Any) -> None:
+    def step(self, name: str, argument: Any) -> bool:
+        """Carry out an instruction; whether it is the last."""
         if name in _VALUES:
             if isinstance(argument, int) and argument.bit_length() > 8 * _MAX_INT_BYTES:
                 raise Refused(f"a number of {argument.bit_length()} bits")
@@ -107,10 +118,8 @@ class _Machine:
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name])
         else:
-            instruction = getattr(self, f"_{name.lower()}", None)
-            if instruction is None:
-                raise Refused(f"instruction {name}")
-            instruction(argument)
+            getattr(self, f"_{name.lower()}")(argument)
+        return name == "STOP"
 
     def _take(self) -> Any:
         self._peek()
@@ -271,11 +280,15 @@ class _Machine:
 # instructions whose value is in their argument
 _VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 _EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+# the others call functions by a further way, speak of objects outside of the file, or are of Python 1
+_KNOWN = {*_VALUES, *_EMPTY, *_CONSTANTS} | {
+    opcode.name for opcode in pickletools.opcodes if hasattr(_Machine, f"_{opcode.name.lower()}")
+}
 
 
 def check_key(value: Any) -> Any:

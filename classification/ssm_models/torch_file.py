@@ -113,6 +113,8 @@ class _Zip:
         names = {entry.filename: entry for entry in entries}
         if len(names) < len(entries) or len(entries) > _MAX_ENTRIES:
             raise Malformed("its zip archive has entries twice, or too many")
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise Refused("a TorchScript program")
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise Refused(f"the compressed entry {entry.filename}")
@@ -122,8 +124,6 @@ class _Zip:
         if len(pickles) != 1:
             raise Malformed("its zip archive is not one of torch.save: it has no data.pkl")
         self._root = pickles[0].removesuffix("data.pkl")
-        if f"{self._root}constants.pkl" in names:
-            raise Refused("a TorchScript program")
         if f"{self._root}byteorder" in names and self._read(names[f"{self._root}byteorder"]) != b"little":
             raise Refused("numbers in the byte order of another machine")
         self._entries = names
@@ -190,7 +190,11 @@ class _Legacy:
     def _locate(self, storages: dict[str, Storage]) -> dict[str, int]:
         """Where the bytes of the storages begin."""
         keys = self._plain()
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+        if (
+            not isinstance(keys, list)
+            or not all(isinstance(key, str) for key in keys)
+            or sorted(keys) != sorted(storages)
+        ):
             raise Malformed("its list of storages is not that of its tensors")
         places, place = {}, self._file.tell()
         for key in keys:

@@ -1,11 +1,11 @@
 """Files of `torch.save` as data: tensors, plain values, and stand-ins for what training scripts save beside them.
 
-No module is imported and no function called because a file says so: every name that a file may use is listed here, with
-a function of ours. A yacs config becomes a dictionary; a namespace of arguments, NumPy values and mmengine's logs become
-records of what the file says of them. Nothing of PyTorch's process-wide settings for loading is used or changed.
+No module is imported and no function called because a file says so: every name that a file may use is listed here,
+with a function of ours. A yacs config becomes a dictionary; a namespace of arguments, NumPy values and mmengine's logs
+become records of what the file says of them. Nothing of PyTorch's process-wide settings for loading is used or changed.
 
-A file is gone through twice. The first time its tensors are only compared with the storages they lie in; the second time
-they are made.
+A file is gone through twice. The first time its tensors are only compared with the storages they lie in; the second
+time they are made.
 """
 
 from __future__ import annotations
