@@ -198,8 +198,6 @@ def main(argv: list[str] | None = None) -> int:
         sources = {split: scan_split(cfg, split) for split in args.splits}
         inputs.make_folder(args.out)
         with folder_lock(args.out):
-            for left in args.out.glob(".tmp-*"):
-                left.unlink()
             content = {
                 "model": name,
                 "sha256 of weights": _weights_digest(model),

@@ -1,76 +1,63 @@
 """Checkpoints of mmengine, read without executing code from them and loaded strictly."""
 
-import inspect
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
+from ssm_mm.log_values import plain
 from ssm_models.checkpoint import describe_difference
+from ssm_models.unpickle import CheckpointError, read_pickle
 from ssm_train.common.errors import UserError
 
-_STATISTICS = ("min", "max", "current", "mean")
 _NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
 
 
-def allow_mmengine_checkpoints() -> None:
-    """Let `torch.load(weights_only=True)`, PyTorch's default, read what mmengine 0.10 saves.
-
-    Beside tensors these are the curves of the log: `HistoryBuffer` objects, which hold numpy arrays of numbers and
-    refer to their own statistics as `getattr(HistoryBuffer, name)`. In place of `getattr`, which would reach
-    everything, such a reference alone is allowed.
-    """
-    reconstruct = np.array(0.0).__reduce__()[0]
-    scalar = np.float64(0.0).__reduce__()[0]
-    kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
-    # numpy 1 and 2 call the module of these functions by different names
-    functions = [
-        (function, f"numpy.{core}.multiarray.{function.__name__}")
-        for function in (reconstruct, scalar)
-        for core in ("core", "_core")
-    ]
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            (_statistic, "builtins.getattr"),
-            *functions,
-            np.ndarray,
-            np.dtype,
-            *{type(np.dtype(kind)): None for kind in kinds},
-        ]
-    )
-
-
-def _statistic(owner: object, name: str) -> Any:
-    """`getattr` for the statistics of HistoryBuffer."""
-    if owner is not HistoryBuffer or name not in _STATISTICS:
-        raise UserError(f"the checkpoint refers to {name!r} of {owner!r}, which is none of a log: it is not trusted")
-    return inspect.getattr_static(HistoryBuffer, name)
-
-
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU. UserError for a missing, damaged or distrusted file."""
+    """The content of a checkpoint, on the CPU: tensors, plain values, arrays of numbers and the curves of the log.
+
+    Without the text of the config, which mmengine executes when it resumes. UserError for a missing, damaged or
+    distrusted file.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    # what torch raises for files that end early, are no zip archives, or hold other objects
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        # among PyTorch's advice, which includes switching safety off, the line that names what was refused
-        marks = ("WeightsUnpickler error", "unsupported GLOBAL")
-        reason = next((line for line in lines if any(mark in line for mark in marks)), lines[0]).strip()
-        raise UserError(f"checkpoint {path} is damaged or holds code: {reason}") from error
+        content = read_pickle(path)
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"checkpoint {error}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary")
-    return dict(content)
+    try:
+        content = plain(content)
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} holds {error}: it is not trusted") from error
+    for place in (content.get("meta"), _entry(content, "message_hub", "runtime_info")):
+        if isinstance(place, dict):
+            place.pop("cfg", None)
+            place.pop("config", None)
+    return content
+
+
+def _entry(content: Any, *names: str) -> Any:
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def read_to_resume(path: str | Path) -> dict[str, Any]:
+    """`read`; UserError where it has not what a training goes on from."""
+    content = read(path)
+    counts = [_entry(content, "meta", name) for name in ("epoch", "iter")]
+    hub = [_entry(content, "message_hub", name) for name in ("log_scalars", "runtime_info", "resumed_keys")]
+    if not all(type(count) is int and count >= 0 for count in counts) or not all(isinstance(it, dict) for it in hub):
+        raise UserError(
+            f"checkpoint {path} holds no state of a training: to start from its weights, use --cfg-options "
+            f"load_from={path}"
+        )
+    return content
 
 
 def newest_readable(folder: Path) -> Path | None:
@@ -78,7 +65,7 @@ def newest_readable(folder: Path) -> Path | None:
     found = {int(match[1]): path for path in folder.glob("*.pth") if (match := _NAME.fullmatch(path.name))}
     for number in sorted(found, reverse=True):
         try:
-            read(found[number])
+            read_to_resume(found[number])
         except UserError as error:
             print(f"left out: {error}")
         else:
@@ -93,9 +80,14 @@ def load_strictly(model: nn.Module, path: str | Path) -> None:
 
 def fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     """The weights in a file if they are exactly those of `model`, by its names. Else a UserError."""
-    content = read(path)
+    return fit(model, read(path), path)
+
+
+def fit(model: nn.Module, content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """`fitting_weights` of the content that `path` was read to."""
     weights = content.get("state_dict", content)
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not weights or not named or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"checkpoint {path} holds no state_dict, but: {', '.join(map(str, list(content)[:8]))}")
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     own = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")}

@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
-from ssm_mm.checkpoints import newest_readable, read
+from ssm_mm.checkpoints import newest_readable, read_to_resume
 from ssm_mm.data_check import check_data, set_data_root
 from ssm_mm.packages import require
 from ssm_train.common.errors import UserError
@@ -86,7 +86,7 @@ def training_config(args: argparse.Namespace) -> Config:
         newest = newest_readable(Path(cfg.work_dir))
         cfg.load_from, cfg.resume = (str(newest), True) if newest else (cfg.get("load_from"), False)
     elif args.resume:
-        read(args.resume)
+        read_to_resume(args.resume)
         cfg.load_from = args.resume
     if not cfg.get("load_from"):
         _check_backbone_weights(cfg, args.from_scratch)

@@ -39,7 +39,6 @@ def draw_predictions(args: argparse.Namespace, **drawing) -> list[Path]:
     missing = [str(path) for path in args.images if not path.is_file()]
     if missing:
         raise UserError(f"no such image: {', '.join(missing)}")
-    checkpoints.allow_mmengine_checkpoints()
     cfg = read_config(args.config)
     leave_out_backbone_weights(cfg)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))

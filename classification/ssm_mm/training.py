@@ -9,26 +9,24 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.runner import Runner
-from torch import nn
 
-from ssm_mm.checkpoints import allow_mmengine_checkpoints, fitting_weights, load_strictly
+from ssm_mm.checkpoints import fitting_weights, load_strictly
 from ssm_mm.config import training_config
 from ssm_mm.data_check import FitsModel
 from ssm_mm.profile import StepProfile, prepare_profile
+from ssm_mm.runner import DataRunner, unwrapped
 from ssm_train.common.errors import UserError
 
 
 def run_training(args: argparse.Namespace) -> None:
     """Train as `args` of `command.train_parser` say; with --profile, time some steps instead."""
-    allow_mmengine_checkpoints()
     cfg = training_config(args)
     if getattr(args, "auto_scale_lr", False):
         cfg.auto_scale_lr.enable = True
     if args.profile:
         prepare_profile(cfg, args.profile)
     with joined_processes(args.launcher):
-        runner = Runner.from_cfg(cfg)
+        runner = DataRunner.from_cfg(cfg)
         if cfg.get("load_from"):
             # mmengine would load what fits and log the rest
             fitting_weights(unwrapped(runner.model), cfg.load_from)
@@ -57,18 +55,10 @@ def joined_processes(launcher: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The detector or segmentor inside the wrappers of several processes and of test-time augmentation."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
-
-
 def run_test(cfg: Config, checkpoint: str) -> dict[str, float]:
     """Evaluate `checkpoint` with a config of `testing_config`; returns the metrics. UserError if it does not fit."""
-    allow_mmengine_checkpoints()
     with joined_processes(cfg.launcher):
-        runner = Runner.from_cfg(cfg)
+        runner = DataRunner.from_cfg(cfg)
         load_strictly(unwrapped(runner.model), checkpoint)
         runner.register_hook(FitsModel())
         return runner.test()

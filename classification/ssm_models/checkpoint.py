@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .file_kinds import foreign_kind
 from .unpickle import CheckpointError, read_pickle
 
 __all__ = ["CheckpointError", "LoadReport", "Weights", "find_weights", "load_checkpoint", "read_checkpoint"]
@@ -85,14 +86,23 @@ def find_weights(path: str | Path, which: str = "auto") -> Weights:
 
 def _read_file(path: Path) -> Mapping:
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     return content
+
+
+def _read_safetensors(path: Path) -> Mapping:
+    with open(path, "rb") as file:
+        kind = foreign_kind(file, path.suffix)
+    if kind:
+        raise CheckpointError(f"{path} is not a valid safetensors file: {kind}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
 
 
 def _is_plain(value: object) -> bool:

@@ -136,7 +136,8 @@ class Trainer:
                 self.store.adopt(checkpoint)
             self.results.forget_missing({position.epoch for position in self.store.positions() if not position.update})
             # a process killed after saving and before linking left the older links
-            self.store.link(self._links())
+            # by its own position: with another batch, the run's may be no checkpoint's
+            self.store.link({**self._links(), "last": checkpoint.position})
 
     def train(self) -> None:
         """From the position to the end of the last epoch; then metrics.json."""

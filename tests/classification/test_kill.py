@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -16,10 +15,11 @@ from ssm_train.cli import main
 from ssm_train.common.fileio import folder_lock
 from ssm_train.record.checkpoint import CheckpointStore, Position
 
-MAIN = Path(main.__code__.co_filename)
+from .conftest import MAIN
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-KILLS = 50
-EPOCHS = 150
+KILLS = 12
+EPOCHS = 20
 
 
 @pytest.fixture(scope="module")
@@ -46,41 +46,35 @@ def fork():
         child.join()
 
 
-def until(condition, seconds: float = 60) -> None:
+def until(condition, job: subprocess.Popen | None = None, seconds: float = 300) -> None:
+    """Wait for `condition`; fails as soon as `job` has ended without it. The limit is for what hangs, not for speed."""
     deadline = time.monotonic() + seconds
     while not condition():
+        assert job is None or job.poll() is None, f"ended with {job.returncode}: {job.communicate()}"
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.005)
 
 
-def test_killed_at_fifty_random_instants(fork, tiny_cfg, read_log, same_state, tmp_path):
+def test_killed_at_random_instants(fork, tiny_cfg, read_log, same_state, tmp_path):
     """SIGKILL while starting, training, validating, saving: what was saved is never lost, and the end is the same."""
     options = ["--cfg", tiny_cfg, "--resume", "auto", "--opts", "TRAIN.EPOCHS", EPOCHS, "TRAIN.SAVE_UPDATES", 2]
     options += ["AUG.MIXUP", 0.8, "AUG.REPROB", 0.5, "MODEL.DROP_PATH_RATE", 0.2]
     folder = tmp_path / "run"
     store = CheckpointStore(folder / "checkpoints", 3)
-    begin = time.monotonic()
-    child = fork("--output", folder, *options)
-    until(lambda: store.positions())
-    child.kill()
-    child.join()
-    # half of the lives end before the first save of an undisturbed one
-    life = 2 * (time.monotonic() - begin)
     chance = random.Random(0)
-    saved, moved, torn = max(store.positions()), 1, 0
-    for _ in range(KILLS - 1):
+    saved = Position(0)
+    for life in range(KILLS):
         child = fork("--output", folder, *options)
-        time.sleep(chance.uniform(0, life))
+        if life % 4:  # every fourth is killed while it starts
+            until(lambda: max(store.positions(), default=saved) > saved)
+        time.sleep(chance.uniform(0, 0.2))
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL, "the run ended before it was killed often enough"
-        torn += len(list(store.folder.glob(".tmp-*"))) + len(list(store.folder.glob(".old-*")))
         newest = max(store.positions(), default=Position(0))
         # renamed into place means complete: the newest folder is valid, and nothing that was saved is lost
         assert newest >= saved and (newest == Position(0) or store.newest_valid().position == newest)
-        moved += newest > saved
         saved = newest
-    assert torn > 0 and 5 < moved < KILLS, "the instants must hit saves, starts and training"
     last = fork("--output", folder, *options)
     last.join()
     resumed = [Position(e["epoch"], e["slot"]) for e in read_log(folder, "event") if e["what"] == "resumed"]
@@ -103,7 +97,7 @@ def test_preemption_saves_and_ends(fork, tiny_cfg, same_state, read_log, tmp_pat
     child = fork("--output", run, *options)
     until(lambda: (run / "log.jsonl").exists() and len(read_log(run, "train")) > 7)
     os.kill(child.pid, number)
-    child.join(60)
+    child.join(300)
     assert child.exitcode == 0
     [event] = read_log(run, "event")
     assert (event["what"], event["signal"]) == ("preempted", number.name)
@@ -122,9 +116,9 @@ def test_preemption_of_a_whole_job(tiny_cfg, tmp_path):
     job = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
-    until(lambda: (tmp_path / "run/checkpoints/epoch_0001").exists())
+    until(lambda: (tmp_path / "run/checkpoints/epoch_0001").exists(), job)
     os.killpg(job.pid, signal.SIGTERM)
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=300)
     assert (job.returncode, err) == (0, "")
     assert out.splitlines()[-1].startswith("stopped by SIGTERM after epoch")
     assert CheckpointStore(tmp_path / "run/checkpoints", 3).newest_valid().position > Position(1)
@@ -138,11 +132,11 @@ def test_preemption_of_one_rank_stops_both(tiny_cfg, tmp_path):
     command += ["--opts", "TRAIN.EPOCHS", "4000", "TRAIN.SAVE_UPDATES", "0"]
     environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
     launcher = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: (run / "checkpoints/epoch_0001").exists())
+    until(lambda: (run / "checkpoints/epoch_0001").exists(), launcher)
     workers = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
     assert len(workers) == 2
     os.kill(int(workers[1]), signal.SIGTERM)
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=300)
     assert launcher.returncode == 0, err[-3000:]
     assert "stopped by" in out and "continue with --resume auto" in out
 

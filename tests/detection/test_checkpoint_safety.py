@@ -1,17 +1,26 @@
-"""Of pickled code, a checkpoint of mmengine may hold references to the statistics of its log, and nothing else."""
+"""Checkpoints of mmengine are data: curves and numbers are read by our own hand, code in them is never run, in no
+command of either task."""
 
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("mmengine")
 pytestmark = pytest.mark.dense
 
+from mmengine.config import Config  # noqa: E402
 from mmengine.logging import HistoryBuffer  # noqa: E402
+from mmengine.registry import MODELS  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from ssm_mm.checkpoints import allow_mmengine_checkpoints, read  # noqa: E402
+from ssm_mm.checkpoints import read, read_to_resume  # noqa: E402
+from ssm_mm.config import read_config  # noqa: E402
 from ssm_train.common.errors import UserError  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 
 
 class Call:
@@ -24,12 +33,27 @@ class Call:
         return self.reduced
 
 
-def test_the_curves_of_a_log_are_read(tmp_path):
-    allow_mmengine_checkpoints()
-    log = HistoryBuffer([1.0, 2.0, 6.0], [1, 1, 1])
-    torch.save({"message_hub": {"loss": log}, "state_dict": {}}, tmp_path / "epoch_1.pth")
-    found = read(tmp_path / "epoch_1.pth")["message_hub"]["loss"]
-    assert found.mean() == 3.0 and found.statistics("max") == 6.0
+def test_numbers_and_curves_are_read(tmp_path):
+    log = HistoryBuffer([1.0, 2.0, 6.0], [1, 1, 1], max_length=7)
+    values = {
+        "number": np.float32(0.5),
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "empty": np.zeros((0, 3), np.uint8),
+        "flag": np.array([True, False]),
+    }
+    before = torch.serialization.get_safe_globals()
+    torch.save({"message_hub": {"loss": log}, "state_dict": {}, "values": values}, tmp_path / "epoch_1.pth")
+    content = read(tmp_path / "epoch_1.pth")
+    found = content["message_hub"]["loss"]
+    assert found.mean() == 3.0 and found.statistics("max") == 6.0 and found.max_length == 7
+    found.update(9.0)
+    assert found.current() == 9.0
+    assert type(content["values"].pop("number")) is float
+    for name, value in content["values"].items():
+        assert value.dtype == values[name].dtype and np.array_equal(value, values[name])
+        assert value.flags.writeable and value.flags.f_contiguous == values[name].flags.f_contiguous
+    assert torch.serialization.get_safe_globals() == before
 
 
 @pytest.mark.parametrize(
@@ -38,11 +62,102 @@ def test_the_curves_of_a_log_are_read(tmp_path):
         (lambda path: Call(os.mkdir, str(path)), "mkdir"),
         (lambda path: Call(getattr, HistoryBuffer, "__init__"), "__init__"),
         (lambda path: Call(getattr, HistoryBuffer, "register_statistics"), "register_statistics"),
+        (lambda path: np.array([{}, []], dtype=object), "array of O8"),
+        (lambda path: np.array(["text"]), "array of U4"),
+        (lambda path: np.zeros(2, dtype=[("x", "f8")]), "array of V8"),
     ],
 )
 def test_other_code_is_refused_and_not_run(call, named, tmp_path):
-    allow_mmengine_checkpoints()
     torch.save({"state_dict": {}, "extra": call(tmp_path / "made")}, tmp_path / "epoch_1.pth")
     with pytest.raises(UserError, match=named):
         read(tmp_path / "epoch_1.pth")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("changed", [b"i4", b"f2", b"O8", b"V8", b"c8"])
+def test_arrays_of_another_kind_than_their_bytes(changed, tmp_path):
+    torch.save(
+        {"extra": np.arange(3, dtype="f8")}, path := tmp_path / "epoch_1.pth", _use_new_zipfile_serialization=False
+    )
+    content = path.read_bytes()
+    assert content.count(b"f8") == 1
+    path.write_bytes(content.replace(b"f8", changed))
+    with pytest.raises(UserError, match="holds an array of"):
+        read(path)
+
+
+# ---- the commands ----
+
+TASKS = {"detection": "mask-rcnn_vmamba-nano_fpn_digits.py", "segmentation": "upernet_vmamba-nano_digits.py"}
+SHORT = ["train_cfg.max_epochs=1", "train_cfg.val_interval=9", "log_level=ERROR"]
+SHORT += [f"{split}_dataloader.{key}" for split in ("train", "val", "test")
+          for key in ("num_workers=0", "persistent_workers=False")]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def task(request, tmp_path_factory):
+    """(tools by name, config, data, weights of the model, a folder) of a task"""
+    name = request.param
+    pytest.importorskip("mmdet" if name == "detection" else "mmseg")
+    digit_scenes, *tools = (
+        __import__(f"{name}.{module}", fromlist=["main"])
+        for module in ("data.digit_scenes", "tools.train", "tools.test", "tools.image_demo")
+    )
+    folder = tmp_path_factory.mktemp(name)
+    assert digit_scenes.main(["--out", str(folder / "data"), "--train", "2", "--val", "1"]) == 0
+    config = ROOT / "configs" / name / "digits" / TASKS[name]
+    weights = MODELS.build(read_config(str(config)).model).state_dict()
+    return dict(zip(("train", "test", "demo"), tools, strict=True)), config, folder / "data", weights, folder
+
+
+def test_no_command_executes_the_config_in_a_checkpoint(task, capfd):
+    tools, config, data, weights, folder = task
+    code = f"open({str(folder / 'executed')!r}, 'w').close()\nx = 1\n"
+    meta = {
+        "epoch": 1,
+        "iter": 2,
+        "cfg": code,
+        "config": code,
+        "dataset_meta": {"classes": ("0",), "palette": [(0, 0, 0)]},
+    }
+    hub = {"log_scalars": {}, "runtime_info": {"cfg": code, "config": code}, "resumed_keys": {}}
+    content = {"meta": meta, "state_dict": weights, "message_hub": hub}
+    path = folder / "epoch_1.pth"
+    torch.save(content, path)
+    assert set(read_to_resume(path)["meta"]) == {"epoch", "iter", "dataset_meta"}
+    assert read_to_resume(path)["message_hub"]["runtime_info"] == {}
+    image = next(data.rglob("*1.png"))
+    Image.open(image).convert("RGB").save(folder / "image.png")
+    common = ["--work-dir", str(folder / "work"), "--data-root", str(data), "--cfg-options", *SHORT]
+    demo = ["--config", str(config), "--checkpoint", str(path), "--device", "cpu", "--out-dir", str(folder / "out")]
+    for tool, arguments in (
+        # the epoch of the checkpoint is the last, so there is nothing left to train
+        ("train", [str(config), "--resume", str(path), *common]),
+        ("train", [str(config), "--resume", "--work-dir", str(folder), *common[2:]]),
+        ("test", [str(config), str(path), *common]),
+        ("demo", [str(folder / "image.png"), *demo]),
+    ):
+        assert tools[tool].main(arguments) == 0, capfd.readouterr().err
+        assert not (folder / "executed").exists(), tool
+    # what mmengine does with it
+    Config.fromstring(code, ".py")
+    assert (folder / "executed").exists()
+
+
+def test_what_is_no_training_is_not_resumed(task, capfd):
+    tools, config, data, weights, folder = task
+    path = folder / "weights.pth"
+    common = ["--work-dir", str(folder / "work"), "--data-root", str(data), "--cfg-options", *SHORT]
+    meta, hub = {"epoch": 1, "iter": 2}, {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
+    for content in (
+        {"state_dict": weights},
+        {"state_dict": weights, "meta": meta},
+        {"state_dict": weights, "meta": {**meta, "iter": -1}, "message_hub": hub},
+        {"state_dict": weights, "meta": {**meta, "epoch": "1"}, "message_hub": hub},
+        {"state_dict": weights, "meta": meta, "message_hub": {"log_scalars": {}}},
+    ):
+        torch.save(content, path)
+        capfd.readouterr()
+        assert tools["train"].main([str(config), "--resume", str(path), *common]) == 2
+        line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith(f"error: checkpoint {path} holds no state of a training: ")

@@ -18,7 +18,7 @@ from detection.data import digit_scenes  # noqa: E402
 from detection.tools import image_demo  # noqa: E402
 from detection.tools import test as test_tool  # noqa: E402
 from detection.tools import train as train_tool  # noqa: E402
-from ssm_mm.checkpoints import allow_mmengine_checkpoints, read  # noqa: E402
+from ssm_mm.checkpoints import read  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/detection/digits/mask-rcnn_vmamba-nano_fpn_digits.py"
@@ -48,11 +48,6 @@ def call(data, capfd):
         return status, *capfd.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _readable():
-    allow_mmengine_checkpoints()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from segmentation.data import digit_scenes  # noqa: E402
 from segmentation.tools import image_demo  # noqa: E402
 from segmentation.tools import test as test_tool  # noqa: E402
 from segmentation.tools import train as train_tool  # noqa: E402
-from ssm_mm.checkpoints import allow_mmengine_checkpoints, read  # noqa: E402
+from ssm_mm.checkpoints import read  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/segmentation/digits/upernet_vmamba-nano_digits.py"
@@ -27,11 +27,6 @@ SHORT = [
     "val_dataloader.num_workers=0", "val_dataloader.persistent_workers=False",
     "test_dataloader.num_workers=0", "test_dataloader.persistent_workers=False", "log_level=ERROR",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _readable():
-    allow_mmengine_checkpoints()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""Files that appear complete or not at all: write aside, fsync, rename, fsync the folder; and a lock."""
+"""Files that appear complete or not at all: write aside, fsync, rename, fsync the folder; and a lock.
+
+A kill leaves what was written aside, `.tmp-*`; whoever locks the folder next removes it.
+"""
 
 import contextlib
 import errno
@@ -12,6 +15,8 @@ from ssm_train.common.errors import UserError
 
 # what the operating system says when the disk, the quota or the file-size limit is used up
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# how the names of what is being written begin
+ASIDE = ".tmp-"
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -44,7 +49,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace the file `path` by `text`: readers see the old or the new content, never a part of it."""
-    aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
     try:
         write_synced(aside, text.encode())
         os.replace(aside, path)
@@ -56,11 +61,18 @@ def write_atomic(path: Path, text: str) -> None:
 
 def link_atomic(link: Path, target: str) -> None:
     """Point the symlink `link` at the relative `target`, replacing an older link in one step."""
-    aside = link.with_name(f".tmp-{os.getpid()}-{link.name}")
+    aside = link.with_name(f"{ASIDE}{os.getpid()}-{link.name}")
     aside.unlink(missing_ok=True)
     os.symlink(target, aside)
     os.replace(aside, link)
     sync_folder(link.parent)
+
+
+def remove_asides(folder: Path) -> None:
+    """Remove the files and links that killed processes left half-written. For the owner of the folder's lock."""
+    for path in folder.glob(f"{ASIDE}*"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -83,4 +95,5 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
+        remove_asides(folder)
         yield

@@ -8,7 +8,10 @@
     checkpoints/epoch_0007_update_000500/         the same, 500 updates into the next epoch
     checkpoints/last, best, best_ema              relative links
 
-A checkpoint is written into a temporary folder, every file is fsynced, then the folder is renamed.
+A checkpoint is written into .tmp-NAME, every file is fsynced, then the folder is renamed to NAME. Where a NAME is there
+already, it waits as .old-NAME until the new one has its place; after a kill between the two renames there is no NAME,
+and whichever of them is complete, the new one first, counts in its stead. What is no longer kept becomes .gone-NAME
+before it is removed, so that a half-removed folder never looks like a checkpoint.
 """
 
 import contextlib
@@ -30,13 +33,14 @@ from torch import nn
 
 from ssm_models.checkpoint import describe_difference
 from ssm_train.common.errors import UserError
-from ssm_train.common.fileio import is_disk_full, link_atomic, sync_folder, write_synced
+from ssm_train.common.fileio import ASIDE, is_disk_full, link_atomic, sync_folder, write_synced
 
 _log = logging.getLogger(__name__)
 
 MODEL, MODEL_EMA, TRAIN_STATE, META = "model.safetensors", "model_ema.safetensors", "train_state.pt", "meta.json"
 _SUMS = "SHA256SUMS"
 _NAME = re.compile(r"epoch_(\d+)(?:_update_(\d+))?")
+_NEW, _OLD, _GONE = ASIDE, ".old-", ".gone-"
 
 
 class Position(NamedTuple):
@@ -74,28 +78,54 @@ class CheckpointStore:
             return {}
         found = {}
         for path in self.folder.iterdir():
-            match = _NAME.fullmatch(path.name)
+            named = path.with_name(path.name.removeprefix(_OLD))
+            match = _NAME.fullmatch(named.name)
             if match and path.is_dir() and not path.is_symlink():
-                found[Position(int(match[1]), int(match[2] or 0))] = path
+                found[Position(int(match[1]), int(match[2] or 0))] = named if named.is_dir() else path
         return dict(sorted(found.items()))
 
     def newest_valid(self) -> "Checkpoint | None":
         """The newest checkpoint whose files are as they were written; damaged ones are named in the log and skipped."""
         for path in reversed(self.positions().values()):
-            try:
-                return read_checkpoint(path)
-            except UserError as error:
-                _log.warning("skipping a damaged checkpoint: %s", error)
+            for candidate in self._candidates(path.name.removeprefix(_OLD)):
+                try:
+                    return read_checkpoint(candidate)
+                except UserError as error:
+                    _log.warning("skipping a damaged checkpoint: %s", error)
         return None
 
+    def _candidates(self, name: str) -> list[Path]:
+        """The folders that may count as the checkpoint `name`, best first: several while one replaces the other."""
+        final, new, old = (self.folder / f"{prefix}{name}" for prefix in ("", _NEW, _OLD))
+        # one that is written for the first time does not count before it has its name
+        return [path for path in (final, new, old) if path.is_dir()] if old.is_dir() else [final]
+
     def clean(self) -> None:
-        """Remove what a killed process left half-written or half-removed."""
-        for pattern in (".tmp-*", ".old-*"):
-            for path in self.folder.glob(pattern):
+        """Put back what a replacement that was killed had set aside, and remove what is half-written or superseded."""
+        for old in self.folder.glob(f"{_OLD}*"):
+            self._finish_replacement(old.name.removeprefix(_OLD))
+        for prefix in (_NEW, _OLD, _GONE):
+            for path in self.folder.glob(f"{prefix}*"):
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+    def _finish_replacement(self, name: str) -> None:
+        """Give `name` to the first complete one of its candidates, so that the others can go."""
+        final = self.folder / name
+        best = next(filter(_is_complete, self._candidates(name)), final)
+        if best != final:
+            if final.exists():
+                # damaged after it was complete
+                self._set_gone(final)
+            os.rename(best, final)
+            sync_folder(self.folder)
+
+    def _set_gone(self, path: Path) -> Path:
+        gone = path.with_name(f"{_GONE}{path.name}")
+        os.rename(path, gone)
+        return gone
 
     def save(
         self,
@@ -127,8 +157,8 @@ class CheckpointStore:
 
     def adopt(self, checkpoint: "Checkpoint") -> None:
         """Copy a checkpoint of another run, so that a run that continues it is complete in its own folder."""
-        with self._new_folder(checkpoint.folder.name) as folder:
-            for file in checkpoint.folder.iterdir():
+        with self._new_folder(checkpoint.position.name) as folder:
+            for file in filter(Path.is_file, checkpoint.folder.iterdir()):
                 write_synced(folder / file.name, file.read_bytes())
 
     def link(self, positions: dict[str, Position]) -> None:
@@ -139,22 +169,27 @@ class CheckpointStore:
                 link_atomic(link, position.name)
         for position, path in list(self.positions().items())[: -self._keep]:
             if position not in positions.values():
-                # renamed first, so that a half-removed folder does not look like a checkpoint
-                gone = path.with_name(f".old-{path.name}")
-                os.rename(path, gone)
-                shutil.rmtree(gone)
+                shutil.rmtree(self._set_gone(path))
 
     @contextlib.contextmanager
     def _new_folder(self, name: str) -> Iterator[Path]:
         """A folder to fill: it gets its name when all is in it and on the disk, or disappears."""
-        final, aside = self.folder / name, self.folder / f".tmp-{name}"
+        final, new, old = (self.folder / f"{prefix}{name}" for prefix in ("", _NEW, _OLD))
+        self.clean()
         try:
-            aside.mkdir(parents=True)
-            yield aside
-            sync_folder(aside)
-            _replace_folder(aside, final)
+            new.mkdir(parents=True)
+            yield new
+            sync_folder(new)
+            if final.exists():  # damaged, or of an abandoned attempt
+                os.rename(final, old)
+            os.rename(new, final)
+            sync_folder(self.folder)
+            if old.exists():
+                shutil.rmtree(old)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            if old.exists() and not final.exists():
+                os.rename(old, final)
+            shutil.rmtree(new, ignore_errors=True)
             if not is_disk_full(error):
                 raise
             raise UserError(
@@ -164,17 +199,15 @@ class CheckpointStore:
             ) from error
 
 
-def _replace_folder(aside: Path, final: Path) -> None:
-    """Rename `aside` to `final`; a folder of that name (damaged, or of an abandoned attempt) gives way."""
-    if final.exists():
-        old = final.with_name(f".old-{final.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-        os.rename(aside, final)
-        shutil.rmtree(old)
-    else:
-        os.rename(aside, final)
-    sync_folder(final.parent)
+def _is_complete(folder: Path) -> bool:
+    """Whether all is in `folder` as it was written. UserError where the system does not let us know."""
+    try:
+        read_checkpoint(folder)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return False
+    return True
 
 
 @dataclass(frozen=True)
