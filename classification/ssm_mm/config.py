@@ -9,6 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
+from ssm_mm.backbone import check_backbone_type, is_ours
 from ssm_mm.checkpoints import newest_readable, read
 from ssm_mm.data_check import check_data, set_data_root
 from ssm_mm.packages import require
@@ -35,6 +36,7 @@ def read_config(path: str, options: dict | None = None) -> Config:
     except (SyntaxError, KeyError, TypeError, ValueError, ImportError, FileNotFoundError) as error:
         raise UserError(f"config {path} cannot be read: {error}") from error
     init_default_scope(cfg.get("default_scope", "mmengine"))
+    check_backbone_type(cfg)
     if not torch.cuda.is_available():
         _prepare_for_cpu(cfg)
     return cfg
@@ -122,7 +124,7 @@ def _set_common(cfg: Config, args: argparse.Namespace) -> None:
 
 def _check_backbone_weights(cfg: Config, from_scratch: bool) -> None:
     backbone = cfg.model.backbone
-    if backbone.get("type") != "SSMBackbone":
+    if not is_ours(backbone):
         return
     checkpoint = backbone.get("checkpoint")
     if checkpoint is None and not from_scratch:

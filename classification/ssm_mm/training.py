@@ -14,7 +14,7 @@ from torch import nn
 
 from ssm_mm.checkpoints import allow_mmengine_checkpoints, fitting_weights, load_strictly
 from ssm_mm.config import training_config
-from ssm_mm.data_check import FitsModel
+from ssm_mm.fits_model import FitsModel
 from ssm_mm.profile import StepProfile, prepare_profile
 from ssm_train.common.errors import UserError
 
