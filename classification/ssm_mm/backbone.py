@@ -2,10 +2,11 @@
 
 import difflib
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, Registry
 
 from ssm_mm.config_parts import type_name
 from ssm_models import vim, vssd, vssm
@@ -54,17 +55,11 @@ def SSMBackbone(**arguments: Any) -> Dense:  # a class to its users
 
 def _check(arguments: dict[str, Any]) -> None:
     family = next((family for family, names in _FAMILIES.items() if arguments.get("name") in names), None)
-    of_family = _arguments_of(family) if family else set()
-    inner = arguments.get("model_args") or {}
+    of_family = _arguments_of(family) - set(_OURS) if family else set()
     unknown = [name for name in arguments if name not in _OURS]
-    complaints = [_explain(name, of_family) for name in unknown]
-    complaints += [
-        f"model_args.{name} stands beside model_args, not in it"
-        if name in _OURS and name not in of_family
-        else f"model_args: {_explain(name, of_family)}"
-        for name in inner
-        if family and name not in of_family
-    ]
+    complaints = [_explain(name, _OURS, of_family, "belongs into model_args") for name in unknown]
+    inner = [name for name in arguments.get("model_args") or {} if family and name not in of_family]
+    complaints += [f"model_args: {_explain(name, of_family, _OURS, 'stands beside model_args')}" for name in inner]
     if not complaints:
         return
     # as ResNet's, where a config changes the type of the backbone that it inherits
@@ -72,16 +67,16 @@ def _check(arguments: dict[str, Any]) -> None:
     raise UserError(f"SSMBackbone: {'; '.join(complaints)}{inherited}")
 
 
-def _explain(name: str, of_family: set[str]) -> str:
-    """What is wrong with an argument, and what is meant."""
+def _explain(name: str, here: Collection[str], there: Collection[str], belongs: str) -> str:
+    """What is wrong with an argument that is none of those `here`, and what is meant."""
     if name == "init_cfg":
         return "init_cfg must be None: weights are named by checkpoint=FILE"
     ours = _THEIRS.get(name, name)
-    if ours in of_family and ours not in _OURS:
-        return f"{name} belongs into model_args" + (f", as {ours}" if ours != name else "")
-    if ours in _OURS:
+    if ours in here:
         return f"{name} is called {ours} here"
-    near = difflib.get_close_matches(name, [*_OURS, *sorted(of_family)], n=1, cutoff=0.7)
+    if ours in there:
+        return f"{name} {belongs}" + (f", as {ours}" if ours != name else "")
+    near = difflib.get_close_matches(name, [*here, *there], n=1, cutoff=0.7)
     return f"there is no argument {name}" + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -99,15 +94,22 @@ def is_ours(backbone: dict) -> bool:
 
 def check_backbone_type(cfg: Config) -> None:
     """UserError for a backbone that the framework does not know, with what is meant."""
-    backbone = cfg.get("model", {}).get("backbone")
-    if backbone is None or not isinstance(backbone.get("type"), str) or MODELS.get(backbone.type) is not None:
-        return
-    kind = type_name(backbone)
-    zoo = [name for variants in _FAMILIES.values() for name in variants]
-    model = _ORIGINALS.get(kind) or (kind if kind in zoo else None)
+    kind = cfg.get("model", {}).get("backbone", {}).get("type")
+    with MODELS.switch_scope_and_registry(None) as registry:  # the framework's, as when the model is built
+        if not isinstance(kind, str) or _is_registered(kind, registry):
+            return
+        known = {*registry.module_dict, *MODELS.module_dict}
+    zoo = [name for names in _FAMILIES.values() for name in names]
+    model = kind if kind in zoo else _ORIGINALS.get(kind)
+    near = difflib.get_close_matches(kind, known, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
     if model:
         meant = f'; here it is type="SSMBackbone", name="{model}"'
-    else:
-        near = difflib.get_close_matches(kind, [*_registered(), "SSMBackbone"], n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"model.backbone.type {backbone.type} is not registered (custom_imports){meant}")
+    raise UserError(f"model.backbone.type {kind} is registered neither here nor by the config's custom_imports{meant}")
+
+
+def _is_registered(kind: str, registry: Registry) -> bool:
+    try:
+        return registry.get(kind) is not None
+    except RuntimeError:  # mmengine's answer to most of what it does not know
+        return False

@@ -118,8 +118,9 @@ def _set_common(cfg: Config, args: argparse.Namespace) -> None:
     if args.data_root:
         set_data_root(cfg, args.data_root)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
-    # mmengine keeps one per name, with the folder of the first
-    cfg.visualizer.name = cfg.work_dir
+    if cfg.get("visualizer"):
+        # mmengine keeps one per name, with the folder of the first
+        cfg.visualizer.name = cfg.work_dir
 
 
 def _check_backbone_weights(cfg: Config, from_scratch: bool) -> None:
@@ -129,7 +130,7 @@ def _check_backbone_weights(cfg: Config, from_scratch: bool) -> None:
     checkpoint = backbone.get("checkpoint")
     if checkpoint is None and not from_scratch:
         raise UserError(
-            f"the backbone {backbone.name} has no weights: --cfg-options model.backbone.checkpoint=FILE names a "
+            f"the backbone {backbone.get('name')} has no weights: --cfg-options model.backbone.checkpoint=FILE names a "
             "classifier's, --from-scratch trains without"
         )
     if checkpoint is not None and not Path(checkpoint).is_file():

@@ -30,7 +30,7 @@ _DEAD = ("fused_add_norm", "ft_seq_len", "initializer_cfg", "device", "dtype", "
 # timm's, swallowed there; and misspelled in the published base model, where it does nothing: the default says the same.
 _DEAD += ("drop_block_rate", "if_devide_out")
 _RENAMED = {"channels": "in_chans"}
-# The same of the mixers' arguments: how step sizes are drawn, and a choice of kernel (whose slow way forgets a direction).
+# The same of the mixers' arguments: how step sizes are drawn, and a choice of kernel (the slow one is one-way).
 _DEAD_OF_MIXERS = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer_idx")
 _DEAD_OF_MIXERS += ("device", "dtype")
 
