@@ -34,7 +34,9 @@ def read_config(path: str, options: dict | None = None) -> Config:
         cfg = get_config(path) if package else Config.fromfile(path)
         cfg.merge_from_dict(options or {})
     except (SyntaxError, KeyError, TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from error
+        # mmengine tells which of custom_imports failed, and not why
+        why = f" ({error.__context__})" if isinstance(error.__context__, ImportError) else ""
+        raise UserError(f"config {path} cannot be read: {error}{why}") from error
     init_default_scope(cfg.get("default_scope", "mmengine"))
     check_backbone_type(cfg)
     if not torch.cuda.is_available():
