@@ -1,5 +1,6 @@
 """What the tests of detection and segmentation share: short runs of the tools on scenes of digits."""
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -90,10 +91,10 @@ def recorded(folder: Path, name: str) -> dict[str, float]:
     return next(entry for entry in log if name in entry)
 
 
-@pytest.fixture(scope="session")
-def fast_mmengine() -> Iterator[None]:
-    """Without what takes most of the time of a short run and no test looks at: the beauty of configs as text, reports of
-    the machine, and reading the packages' indices of models again for every config. With readable checkpoints."""
+@contextlib.contextmanager
+def mmengine_without_overhead() -> Iterator[None]:
+    """Without what takes most of the time of a short run and no test looks at: the beauty of configs as text, reports
+    of the machine, and reading the packages' indices of models again for every config. With readable checkpoints."""
     from mmengine.config import utils
 
     from ssm_mm.checkpoints import allow_mmengine_checkpoints

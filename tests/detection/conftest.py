@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.dense_tools import ROOT, Task, caller, fast_mmengine, shared_folder  # noqa: F401
+from tests.dense_tools import ROOT, Task, caller, mmengine_without_overhead, shared_folder
 
 TASK = Task(
     "detection",
@@ -25,6 +25,12 @@ def data(tmp_path_factory):
         assert digit_scenes.main(["--out", str(folder), "--train", "4", "--val", "2"]) == 0
 
     return shared_folder(tmp_path_factory, "coco", fill)
+
+
+@pytest.fixture(scope="session")
+def fast_mmengine():
+    with mmengine_without_overhead():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -51,10 +51,10 @@ def nested(task, tmp_path):
     from mmengine.config import Config
 
     plain = Config.fromfile(task.config).train_dataloader.dataset.to_dict()
-    repeated = {"type": "RepeatDataset", "times": 1, "dataset": plain}
-    balanced = {"type": "ClassBalancedDataset", "oversample_thr": 1e-9, "dataset": repeated}
+    balanced = {"type": "ClassBalancedDataset", "oversample_thr": 1e-9, "dataset": plain}
+    repeated = {"type": "RepeatDataset", "times": 1, "dataset": balanced}
     mixed = {"type": "MultiImageMixDataset", "dataset": plain, "pipeline": []}
-    wrapped = {"_delete_": True, "type": "ConcatDataset", "datasets": [repeated, balanced, mixed]}
+    wrapped = {"_delete_": True, "type": "ConcatDataset", "datasets": [plain, repeated, mixed]}
     return config_with(task.config, tmp_path / "nested.py", train_dataloader={"dataset": wrapped})
 
 
