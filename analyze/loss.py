@@ -1,11 +1,11 @@
-"""Curves of training runs: ours, from their log.jsonl, or of Swin, VMamba, VSSD, DeiT, ConvNeXt, Vim and OpenMMLab.
+"""Curves of training runs: ours, or of Swin, VMamba, VSSD, DeiT, ConvNeXt, Vim, OpenMMLab, timm and others.
 
 python analyze/loss.py --run runs/quickstart [MORE RUNS] [--out curves.png]
 python analyze/loss.py --log log_rank0.txt scalars.json ... [--run RUNS] [--out curves.png] [--csv curves.csv]
 
 With --run alone: loss, accuracy, learning rate, gradient norm, throughput and waiting of our runs. With --log: what the
 logs have in common with them, a panel each for loss, top-1, learning rate, AP and mIoU where they occur. Forms of logs
-are in analyze/logs.py. The csv holds every number of every log.
+are in analyze/logs. The csv holds every number of every log.
 """
 
 import argparse
@@ -63,12 +63,18 @@ _PANELS = (
 
 
 def draw(logs: Sequence[Log]) -> Figure:
-    """A colour per log; a panel for everything that at least one of them has. UserError where units differ."""
+    """A colour per log; a panel for everything that at least one of them has. UserError where units differ, and where
+    there is nothing to draw."""
     units = {log.unit: log.name for log in logs}
     if len(units) > 1:
-        raise UserError(f"{units['epoch']} counts epochs, {units['iteration']} iterations: draw them one by one")
+        counts = ", ".join(f"{name} counts {unit}s" for unit, name in units.items())
+        raise UserError(f"{counts}: draw them one by one")
     [unit] = units
-    shown = [panel for panel in _PANELS if any(key in log.series for key in panel[3] for log in logs)]  # loss at least
+    shown = [panel for panel in _PANELS if any(key in log.series for key in panel[3] for log in logs)]
+    if not shown:
+        known = ", ".join(sorted({key for log in logs for key in log.series}))
+        panels = ", ".join(key for panel in _PANELS for key in panel[3])
+        raise UserError(f"{logs[0].name} holds none of the curves that are drawn ({panels}), but: {known}")
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.0 + 4.2 * columns, 1.0 + 3.4 * rows), layout="constrained")

@@ -2,14 +2,15 @@
 
 python analyze/scaleup.py --checkpoints runs/quickstart [MORE] --data-path DATA [--sizes 16 32 64] [--out scaleup.png]
 python analyze/scaleup.py --models vmamba_tiny_s1l8 --checkpoints FILE.pth --data-path IMAGENET --sizes 224 288 384 512
-python analyze/scaleup.py --logs 224=runs/eval224 384=runs/eval384 [...]
+python analyze/scaleup.py --logs 224=runs/eval224 384=runs/eval384 [...] [vmamba_scaleup.log]
 
 Every checkpoint (of a training here, or a file and its name in --models) is validated on DATA/val at every size, with
 the transforms of its own training or of its authors: where these took whole images (size up to 32, or CROP_RATIO 1),
 images are resized as a whole, elsewhere their centre is cropped. Throughput (inference) and peak memory are measured as
 by analyze/tp.py, all models and sizes in turns. --logs reads accuracies from the metrics.json that
-`classification/main.py --eval` wrote at the given sizes. Beside the picture, which rings the size of the training,
-comes a csv.
+`classification/main.py --eval` wrote at the given sizes, from the text of such evaluations by Swin's and VMamba's
+trainers, and, without a size, from what VMamba's own analyze/scaleup.py printed. Beside the picture, which rings the
+size of the training, comes a csv.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import nn
 from torchvision.transforms import CenterCrop
 from yacs.config import CfgNode as CN
 
+from analyze import logs
 from analyze.inputs import find_device, load_model, run_config
 from analyze.tp import (
     PRECISIONS,
@@ -49,6 +51,7 @@ from ssm_train.config.defaults import default_config
 from ssm_train.data.build import close_workers, eval_loader, scan_split
 from ssm_train.data.dataset import BadImages
 from ssm_train.data.transforms import eval_transform
+from ssm_train.record.report import Series
 from ssm_train.step.evaluate import Accuracy, validate
 
 COLUMNS = (
@@ -166,6 +169,25 @@ def _row(model: str, source: str, size: int) -> Row:
     return dict.fromkeys(COLUMNS) | {"model": model, "source": source, "size": size}
 
 
+def read_logs(entry: str) -> list[Row]:
+    """The rows of a --logs argument: SIZE=FOLDER; SIZE=FILE, an evaluation in another trainer's text; or FILE, what
+    VMamba's analyze/scaleup.py printed."""
+    size, _, place = entry.rpartition("=")
+    if not Path(place).is_file():
+        return [read_log(entry)]
+    log = logs.read_log(Path(place))
+    wanted = "evaluation" if size else "pixel"
+    if log.unit != wanted or (size and not size.isdecimal()):
+        raise UserError(f"--logs {entry} must be SIZE=FOLDER, SIZE=FILE of an evaluation, or FILE of several sizes")
+    top1, top5 = (log.series.get(f"val/{key}", Series([], [])) for key in ("top1", "top5"))
+    known = dict(zip(top5.x, top5.y, strict=True))
+    points = list(zip(top1.x, top1.y, strict=True))
+    return [
+        _row(log.name, place, int(size or x)) | {"top1": y, "top5": known.get(x), "status": "ok"}
+        for x, y in (points[-1:] if size else points)
+    ]
+
+
 def read_log(entry: str) -> Row:
     """The row of SIZE=FOLDER, from the folder's metrics.json: its evaluation, or else its training's best."""
     text, _, folder = entry.partition("=")
@@ -235,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data-path", default="", help="holds val/<class>/*")
     add("--dataset", default="folder", help="format of the data, as for classification/main.py (folder)")
     add("--sizes", type=int, nargs="+", default=[16, 24, 32, 48, 64, 96], help="pixels a side (16 24 32 48 64 96)")
-    add("--logs", nargs="+", default=[], metavar="SIZE=FOLDER", help="evaluations that were made before")
+    add("--logs", nargs="+", default=[], metavar="[SIZE=]PATH", help="evaluations that were made before")
     add("--precision", choices=PRECISIONS, default="fp32", help="bf16 is autocast (fp32)")
     add("--batch", type=int, default=32, help="images of a step (32)")
     add("--rounds", type=int, default=3, help="turns of the measurement of throughput (3)")
@@ -250,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     def command() -> None:
         at_least(1, sizes=args.sizes, batch=args.batch, rounds=args.rounds)
         at_least(0, seconds=args.seconds, workers=args.workers)
-        rows = [read_log(entry) for entry in args.logs]
+        rows = [row for entry in args.logs for row in read_logs(entry)]
         if args.checkpoints:
             rows = _measured(args, find_device(args.device)) + rows
         path = args.out.with_suffix(".csv")
@@ -290,7 +312,8 @@ def _measured(args: argparse.Namespace, device: torch.device) -> list[Row]:
 def _print(rows: Sequence[Row]) -> None:
     for row in rows:
         cells = [f"{row['model']:24} {row['size']:5} px"]
-        cells += [f"top-1 {row['top1']:6.2f} % of {row['images']}"] if row["top1"] is not None else []
+        if row["top1"] is not None:
+            cells.append(f"top-1 {row['top1']:6.2f} %" + (f" of {row['images']}" if row["images"] else ""))
         if row["images_per_second"] is not None:
             cells.append(f"{row['images_per_second']:9.1f} images/s  {row['peak_mib']:.0f} MiB")
         print("  ".join(cells + [row["status"]] * (row["status"] != "ok")))

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import ssm_ops  # noqa: F401  what check_checkout looks at
+from ssm_train.common.command import check_checkout
+from ssm_train.common.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,6 +45,14 @@ def test_a_script_refuses_to_run_with_another_checkout(other, tmp_path, command)
 def test_a_script_runs_with_its_own_checkout(other, tmp_path):
     done = run(other / "classification/main.py", "--cfg", "none.yaml", cwd=tmp_path, PYTHONPATH=str(other / "kernels"))
     assert done.returncode == 2 and "would run with" not in done.stderr and "none.yaml" in done.stderr
+
+
+def test_a_tool_of_an_environment_inside_a_checkout_serves_any_checkout(other, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(other / ".venv/lib/pytest/__main__.py"))
+    with pytest.raises(UserError, match="would run with"):
+        check_checkout()  # a file of the checkout
+    monkeypatch.setattr(sys, "prefix", str(other / ".venv"))
+    check_checkout()
 
 
 def test_no_generic_names_at_top_level(tmp_path):

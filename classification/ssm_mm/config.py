@@ -9,6 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
+from ssm_mm.backbone import check_backbone_type, is_ours
 from ssm_mm.checkpoints import newest_readable, read_to_resume
 from ssm_mm.data_check import check_data, set_data_root
 from ssm_mm.packages import require
@@ -33,8 +34,11 @@ def read_config(path: str, options: dict | None = None) -> Config:
         cfg = get_config(path) if package else Config.fromfile(path)
         cfg.merge_from_dict(options or {})
     except (SyntaxError, KeyError, TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        raise UserError(f"config {path} cannot be read: {error}") from error
+        # mmengine tells which of custom_imports failed, and not why
+        why = f" ({error.__context__})" if isinstance(error.__context__, ImportError) else ""
+        raise UserError(f"config {path} cannot be read: {error}{why}") from error
     init_default_scope(cfg.get("default_scope", "mmengine"))
+    check_backbone_type(cfg)
     if not torch.cuda.is_available():
         _prepare_for_cpu(cfg)
     return cfg
@@ -116,18 +120,19 @@ def _set_common(cfg: Config, args: argparse.Namespace) -> None:
     if args.data_root:
         set_data_root(cfg, args.data_root)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(args.config).stem}"
-    # mmengine keeps one per name, with the folder of the first
-    cfg.visualizer.name = cfg.work_dir
+    if cfg.get("visualizer"):
+        # mmengine keeps one per name, with the folder of the first
+        cfg.visualizer.name = cfg.work_dir
 
 
 def _check_backbone_weights(cfg: Config, from_scratch: bool) -> None:
     backbone = cfg.model.backbone
-    if backbone.get("type") != "SSMBackbone":
+    if not is_ours(backbone):
         return
     checkpoint = backbone.get("checkpoint")
     if checkpoint is None and not from_scratch:
         raise UserError(
-            f"the backbone {backbone.name} has no weights: --cfg-options model.backbone.checkpoint=FILE names a "
+            f"the backbone {backbone.get('name')} has no weights: --cfg-options model.backbone.checkpoint=FILE names a "
             "classifier's, --from-scratch trains without"
         )
     if checkpoint is not None and not Path(checkpoint).is_file():

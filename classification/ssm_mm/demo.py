@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, VISUALIZERS
 
 from ssm_mm import checkpoints
 from ssm_mm.config import leave_out_backbone_weights, read_config
+from ssm_mm.config_parts import plain_datasets, type_name
 from ssm_train.common.errors import UserError
 
 
@@ -47,7 +48,8 @@ def draw_predictions(args: argparse.Namespace, **drawing) -> list[Path]:
 
     visualizer = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = checkpoints.read(args.checkpoint).get("meta", {}).get("dataset_meta", {})
-    steps = [step for step in cfg.test_dataloader.dataset.pipeline if step.type != "LoadAnnotations"]
+    [first, *_] = plain_datasets(cfg.test_dataloader)
+    steps = [step for step in first.pipeline if type_name(step) != "LoadAnnotations"]
     pipeline = Compose(steps)
     written = []
     for number, path in enumerate(args.images):

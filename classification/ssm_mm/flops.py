@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ssm_mm.backbone import is_ours
 from ssm_models import model_card
 from ssm_train.common.errors import UserError
 
@@ -103,7 +104,7 @@ def dense_card(cfg: Config, image: tuple[int, int]) -> DenseCard:
     if min(image) < 1:
         raise UserError(f"an image of {image[1]}x{image[0]} pixels has no area")
     # others are built in memory: Swin, for one, reads numbers from tensors
-    with torch.device("meta" if cfg.model.backbone.type == "SSMBackbone" else "cpu"):
+    with torch.device("meta" if is_ours(cfg.model.backbone) else "cpu"):
         # building changes the config
         model = MODELS.build(copy.deepcopy(cfg.model)).to("meta").eval()
     heads = _detector_heads if hasattr(model, "roi_head") else _segmentor_heads

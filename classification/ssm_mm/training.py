@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from ssm_mm.checkpoints import fitting_weights, load_strictly
 from ssm_mm.config import training_config
-from ssm_mm.data_check import FitsModel
+from ssm_mm.fits_model import FitsModel
 from ssm_mm.profile import StepProfile, prepare_profile
 from ssm_mm.runner import DataRunner, unwrapped
 from ssm_train.common.errors import UserError

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssm_mm.digit_scenes import DIGITS, Instance, Scene, box_of, scenes_command
+from ssm_mm.digit_scenes import DIGITS, Instance, Scene, box_of
+from ssm_mm.scene_folder import scenes_command
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:

@@ -25,7 +25,7 @@ def test(argv: list[str] | None) -> None:
     require("mmdet")
     import detection.tta  # noqa: F401  registers; when mmdet has been found
     from ssm_mm.config import testing_config
-    from ssm_mm.data_check import evaluators
+    from ssm_mm.config_parts import add_evaluator
     from ssm_mm.training import run_test
 
     parser = arguments.test_parser("detection/tools/test.py", "Evaluate a detector.", "pickle file for the predictions")
@@ -38,26 +38,28 @@ def test(argv: list[str] | None) -> None:
     if args.out:
         if not args.out.endswith((".pkl", ".pickle")):
             raise UserError(f"--out {args.out} must end in .pkl")
-        cfg.test_evaluator = [*evaluators(cfg, "test"), {"type": "DumpDetResults", "out_file_path": args.out}]
+        add_evaluator(cfg, "test", {"type": "DumpDetResults", "out_file_path": args.out})
     run_test(cfg, args.checkpoint)
 
 
 def add_tta(cfg) -> None:
     """Test both the image and its mirror image, merged by NMS, unless the config has another augmentation."""
-    from ssm_mm.data_check import evaluators
+    from ssm_mm.config_parts import evaluators, plain_datasets
 
-    if "tta_pipeline" not in cfg:
-        pipeline = copy.deepcopy(cfg.test_dataloader.dataset.pipeline)
-        flips = [{"type": "RandomFlip", "prob": 1.0}, {"type": "RandomFlip", "prob": 0.0}]
-        pack = {"type": "PackDetInputs", "meta_keys": _META_KEYS}
-        pipeline[-1] = {"type": "TestTimeAug", "transforms": [flips, [pack]]}
-        cfg.tta_pipeline = pipeline
-    cfg.model = {**cfg.get("tta_model", _TTA_MODEL), "module": cfg.model}
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    for dataset in plain_datasets(cfg.test_dataloader):
+        dataset.pipeline = copy.deepcopy(cfg.get("tta_pipeline")) or mirrored(dataset.pipeline)
+    cfg.model = {**(cfg.get("tta_model") or _TTA_MODEL), "module": cfg.model}
     for evaluator in evaluators(cfg, "test"):
         if "segm" in evaluator.get("metric", ()):
             print("--tta: boxes alone are evaluated, as masks are not merged")
             evaluator.metric = ["bbox"]
+
+
+def mirrored(pipeline: list) -> list:
+    """A pipeline of tests, for the image and its mirror image."""
+    flips = [{"type": "RandomFlip", "prob": 1.0}, {"type": "RandomFlip", "prob": 0.0}]
+    pack = {"type": "PackDetInputs", "meta_keys": _META_KEYS}
+    return [*copy.deepcopy(pipeline[:-1]), {"type": "TestTimeAug", "transforms": [flips, [pack]]}]
 
 
 if __name__ == "__main__":

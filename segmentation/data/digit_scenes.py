@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssm_mm.digit_scenes import Scene, scenes_command
+from ssm_mm.digit_scenes import Scene
+from ssm_mm.scene_folder import scenes_command
 
 _FOLDERS = {"train": "training", "val": "validation"}
 _BACKGROUND, _FIRST_DIGIT = 1, 2

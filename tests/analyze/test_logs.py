@@ -3,14 +3,19 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from timm.utils import update_summary
 
 from analyze import loss
 from analyze.logs import read_log
 from ssm_train.common.errors import UserError
 from ssm_train.record.report import Series
+from ssm_train.record.series import Summary
+
+DATA = Path(__file__).parents[1] / "data/logs"
 
 SWIN = """\
 [2024-03-02 10:00:00 vssm_tiny] (main.py 110): INFO Creating model:vssm/vssm_tiny
@@ -113,10 +118,10 @@ def test_swin_resumed_run(tmp_path):
     again = SWIN.splitlines(keepends=True)[2].replace("6.9587 (6.9587)", "4.0 (4.5)")
     log = read_log(write(tmp_path, SWIN + MORE + again))
     assert log.series["val/top1"] == ([1, 2], [76.123, 1.0])
-    assert log.series["val/ema_top1"] == ([1], [10.5])
+    assert log.series["val/ema_top1"] == ([1, 2], [10.5, 3.0])
     assert log.series["train/loss"].y[:2] == [4.0, 6.9] and log.series["epoch/train_loss"].y == [4.5, 5.5]
-    known = SWIN.rpartition("[2024")[0]
-    assert read_log(write(tmp_path, known + MORE)).series["val/top1"] == ([1], [76.123])
+    known = read_log(write(tmp_path, SWIN.rpartition("[2024")[0] + MORE)).series
+    assert known["val/top1"] == ([1], [76.123]) and known["val/ema_top1"] == ([1], [10.5])
 
 
 def test_swin_with_rounded_results_alone(tmp_path):
@@ -201,12 +206,177 @@ def test_ours(tmp_path):
     assert log.series["epoch/train_loss"] == ([0.5], [2.0]) and log.series["val/top1"] == ([1], [50.0])
 
 
+def test_our_summary(tmp_path):
+    entries = [{**OURS[0], "loss": 3.0}, {**OURS[1], "loss": 2.0}, OURS[2] | {"ema_top1": 40.0}]
+    log = read_log(write(tmp_path / "run", Summary(entries).csv(), "summary.csv"))
+    assert (log.name, log.unit) == ("run", "epoch")
+    assert log.series["epoch/train_loss"] == ([0.5], [2.5]) and log.series["train/lr"] == ([1], [0.2])
+    assert log.series["val/top1"] == ([1], [50.0]) and log.series["val/ema_top1"] == ([1], [40.0])
+
+
+def test_vssd(tmp_path):
+    """It names the weights of records alone: the plain ones are 30, 50 and 45, the averaged ones 10, 40 and 60."""
+    log = read_log(DATA / "vssd.txt")
+    assert log.series["val/top1"] == ([1, 2, 3], [30.0, 50.0, 45.0])
+    assert log.series["val/top5"] == ([1, 2, 3], [50.0, 70.0, 65.0])
+    assert log.series["val/ema_top1"] == ([1, 2, 3], [10.0, 40.0, 60.0])
+    assert log.series["train/loss"].y == [7.0, 6.9, 6.0, 5.9, 5.0, 4.9]
+
+
+def test_vssd_without_any_record_in_an_epoch(tmp_path):
+    """The averaged weights come second; without an average, a second result is of a checkpoint that is tried again."""
+    text = (DATA / "vssd.txt").read_text()
+    unsaid = text.rpartition("\n[")[0] + "\n"  # without the last line, which names the last record
+    assert read_log(write(tmp_path, unsaid)).series["val/ema_top1"].y == [10.0, 40.0, 60.0]
+    plain = "\n".join(line for line in unsaid.splitlines() if "max accuracy ema" not in line)
+    log = read_log(write(tmp_path, plain))
+    assert log.series["val/top1"].y == [30.0, 50.0, 45.0] and "val/ema_top1" not in log.series
+
+
+EVALUATION = """\
+[2024-03-02 10:00:00 vssm_tiny] (main.py 97): INFO number of params: 28288354
+[2024-03-02 10:02:12 vssm_tiny] (main.py 330): INFO Test: [0/98]\tTime 2.3 (2.3)\tLoss 6.9 (6.9)\tAcc@1 0.1 (0.1)\t\
+Acc@5 0.5 (0.5)\tMem 7939MB
+[2024-03-02 10:02:22 vssm_tiny] (main.py 340): INFO  * Acc@1 81.25 Acc@5 95.5
+[2024-03-02 10:02:22 vssm_tiny] (main.py 220): INFO Accuracy of the network on the 50000 test images: 81.2%
+[2024-03-02 10:02:32 vssm_tiny] (main.py 340): INFO  * Acc@1 82.5 Acc@5 96.0
+[2024-03-02 10:02:32 vssm_tiny] (main.py 226): INFO Accuracy of the network ema on the 50000 test images: 82.5%
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (EVALUATION, {"val/top1": ([1], [81.25]), "val/top5": ([1], [95.5]), "val/ema_top1": ([1], [82.5]),
+                      "val/ema_top5": ([1], [96.0])}),
+        ("* Acc@1 72.2 Acc@5 91.1 loss 1.25\nAccuracy of the network on the 50000 test images: 72.2%\n",
+         {"val/top1": ([1], [72.2]), "val/top5": ([1], [91.1]), "val/loss": ([1], [1.25])}),
+        ("Accuracy of the network on the 50000 test images: 81.2%\n"
+         "Accuracy of the network on the 50000 test images: 81.4%\n", {"val/top1": ([1, 2], [81.2, 81.4])}),
+        ('{"coco/bbox_mAP": 0.1, "data_time": 0.5, "step": 0}\n', {"val/coco/bbox_mAP": ([1], [0.1])}),
+        ("x - mmengine - INFO - Epoch(test) [10/20]    eta: 0:00:01  time: 0.1  memory: 7\n"
+         "x - mmengine - INFO - Iter(test) [20/20]    aAcc: 82.4500  mIoU: 47.3000  data_time: 0.1  time: 0.1\n",
+         {"val/aAcc": ([1], [82.45]), "val/mIoU": ([1], [47.3])}),
+    ],
+)  # fmt: skip
+def test_evaluations_without_training(text, expected, tmp_path):
+    log = read_log(write(tmp_path, text))
+    assert log.unit == "evaluation" and log.series == expected
+
+
+def test_scale_up(tmp_path):
+    log = read_log(DATA / "vmamba_scaleup.log")
+    assert log.unit == "pixel"
+    assert log.series == {"val/top1": ([64, 224], [45.341, 82.169]), "val/top5": ([64, 224], [69.076, 96.028])}
+    two = (DATA / "vmamba_scaleup.log").read_text() + " * Acc@1 70.0 Acc@5 90.0\n"
+    two += "starting loop: img_size 64; len(dataset) 50003\n * Acc@1 46.0 Acc@5 70.0\n"
+    with pytest.raises(UserError, match="has several results at 64 pixels"):
+        read_log(write(tmp_path, two))
+
+
+def test_averaged_weights_as_rmt_writes_them():
+    log = read_log(DATA / "rmt_t.txt")
+    assert log.series["val/ema_top1"] == ([1, 2, 3], [0.1020000015258789, 0.10000000137329101, 0.09800000061035156])
+    assert (
+        log.series["val/ema_top5"].y[0] == 0.4920000050544739 and log.series["val/ema_loss"].y[2] == 6.908790649736629
+    )
+    assert log.series["val/top1"].y[2] == 8.120000238990784 and log.series["epoch/train_loss"].x == [0.5, 1.5, 2.5]
+
+
+def test_timm(tmp_path):
+    """As timm itself writes it, with an epoch that was not validated."""
+    path = tmp_path / "run" / "summary.csv"
+    path.parent.mkdir()
+    update_summary(0, {"loss": 6.5}, {"loss": 6.0, "top1": 2.5, "top5": 9.0}, path, lr=0.1)
+    update_summary(1, {"loss": 6.25}, None, path, lr=0.2)
+    update_summary(2, {"loss": 6.0}, {"loss": 5.0, "top1": 7.5, "top5": 20.0}, path, lr=0.3, write_header=True)
+    log = read_log(path)
+    assert (log.name, log.unit) == ("run", "epoch")
+    assert log.series == {
+        "epoch/train_loss": ([0.5, 1.5, 2.5], [6.5, 6.25, 6.0]),
+        "train/lr": ([1, 2, 3], [0.1, 0.2, 0.3]),
+        "val/loss": ([1, 3], [6.0, 5.0]),
+        "val/top1": ([1, 3], [2.5, 7.5]),
+        "val/top5": ([1, 3], [9.0, 20.0]),
+    }
+
+
+HISTORY = [
+    {"epoch": 0.5, "grad_norm": 3.5, "learning_rate": 5e-05, "loss": 2.5, "step": 10},
+    {"epoch": 1.0, "eval_accuracy": 0.625, "eval_f1": 0.5, "eval_loss": 1.5, "eval_runtime": 2.5,
+     "eval_samples_per_second": 40.0, "eval_steps_per_second": 5.0, "step": 20},
+    {"epoch": 1.5, "grad_norm": float("nan"), "learning_rate": 2e-05, "loss": 1.25, "step": 30},
+    {"epoch": 2.0, "step": 40, "total_flos": 7.75e16, "train_loss": 1.9, "train_runtime": 60.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("indent", [2, None])
+def test_hugging_face(indent, tmp_path):
+    state = {"best_metric": 0.625, "epoch": 2.0, "global_step": 40, "log_history": HISTORY, "max_steps": 40}
+    text = json.dumps(state, indent=indent)
+    log = read_log(write(tmp_path / "checkpoint-40", text, "trainer_state.json"))
+    assert (log.name, log.unit) == ("checkpoint-40", "epoch")
+    norm = log.series.pop("train/grad_norm")
+    assert norm.x == [0.5, 1.5] and norm.y[0] == 3.5 and math.isnan(norm.y[1])
+    assert log.series == {
+        "train/loss": ([0.5, 1.5], [2.5, 1.25]),
+        "train/lr": ([0.5, 1.5], [5e-05, 2e-05]),
+        "val/top1": ([1.0], [62.5]),
+        "val/f1": ([1.0], [0.5]),
+        "val/loss": ([1.0], [1.5]),
+    }
+    with pytest.raises(UserError, match="looks like Hugging Face's trainer_state.json, but is no whole JSON"):
+        read_log(write(tmp_path, text[:-3], "trainer_state.json"))
+
+
+LIGHTNING = """\
+epoch,lr-AdamW,step,train_loss_epoch,train_loss_step,val_acc,val_loss
+0,0.001,4,,2.5,,
+0,,9,,,0.25,2.25
+0,,9,2.75,,,
+1,0.0005,14,,1.5,,
+1,,19,,,0.75,1.25
+1,,19,1.75,,,
+"""
+
+
+def test_lightning(tmp_path):
+    log = read_log(write(tmp_path / "version_0", LIGHTNING, "metrics.csv"))
+    assert (log.name, log.unit) == ("version_0", "epoch")
+    assert log.series == {
+        "train/lr": ([0.5, 1.5], [0.001, 0.0005]),
+        "train/loss": ([0.5, 1.5], [2.5, 1.5]),
+        "epoch/train_loss": ([0.5, 1.5], [2.75, 1.75]),
+        "val/top1": ([1.0, 2.0], [25.0, 75.0]),
+        "val/loss": ([1.0, 2.0], [2.25, 1.25]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("header", "curve", "y"),
+    [
+        ("valid/accuracy", "val/top1", 40.0),  # in percent already
+        ("val_top1", "val/top1", 40.0),
+        ("val/mIoU", "val/mIoU", 40.0),
+        ("train/loss", "train/loss", 40.0),
+        ("loss", "train/loss", 40.0),
+        ("learning_rate", "train/lr", 40.0),
+        ("dice", "dice", 40.0),
+    ],
+)
+def test_columns_of_lightning(header, curve, y, tmp_path):
+    log = read_log(write(tmp_path, f"step,epoch,{header}\n9,0,{y}\n", "metrics.csv"))
+    assert log.series == {curve: ([1.0], [y])}
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("epoch 1 was good\n", "is of no known form; these are known: ours (log.jsonl); DeiT"),
+        ("epoch 1 was good\n", "is of no known form; looked for: "),
         ("\x00\xff", "is of no known form"),
-        ('{"coco/bbox_mAP": 0.1, "step": 0}\n', "looks like MMEngine's scalars, but holds no training loss"),
+        ("INFO:root:batch_size 128 throughput 684.47\n", '; Swin, VMamba or VSSD: "Train: [0/300][0/1251]"; '),
+        ("starting loop: img_size 224\n", "looks like VMamba's scaleup.py, but holds no numbers"),
+        ("epoch,train_loss\nzero,1\n", "looks like timm, but could not convert string to float: 'zero'"),
     ],
 )
 def test_other_files_are_refused_by_name(text, message, tmp_path):
@@ -214,6 +384,12 @@ def test_other_files_are_refused_by_name(text, message, tmp_path):
     with pytest.raises(UserError) as caught:
         read_log(path)
     assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_curves_that_no_panel_shows(tmp_path, capsys):
+    path = write(tmp_path, "step,epoch,dice\n9,0,0.5\n", "metrics.csv")
+    assert loss.main(["--log", str(path), "--out", str(tmp_path / "curves.png")]) == 2
+    assert "holds none of the curves that are drawn (train/loss, " in capsys.readouterr().err
 
 
 def test_curves_of_many_logs(tmp_path, capsys):
@@ -253,7 +429,7 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert loss.main(["--log", str(tmp_path / "none.log"), "--out", str(out)]) == 2
     assert loss.main(["--run", str(tmp_path / "none"), "--out", str(out)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "error: some counts epochs, some iterations: draw them one by one"
+    assert lines[0] == "error: some counts epochs, some counts iterations: draw them one by one"
     assert lines[1].startswith("error: cannot read log ") and "none.log" in lines[1]
     assert lines[2].startswith("error: ") and lines[2].endswith("does not exist; give the folder of a training run")
     assert len(lines) == 3 and not out.exists()

@@ -15,6 +15,7 @@ from torch import nn
 from analyze import scaleup
 from ssm_train.config.defaults import default_config
 
+DATA = Path(__file__).parents[1] / "data/logs"
 COLORS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 COUNTS = {"blue": 2, "green": 3, "red": 5}
 
@@ -147,6 +148,22 @@ def test_numbers_of_former_evaluations(tmp_path, capsys):
     assert {row["images_per_second"] for row in rows.values()} == {""} and len(capsys.readouterr().out.split("\n")) == 6
     [axes] = scaleup.draw([scaleup.read_log(entry) for entry in logs]).axes
     assert list(axes.lines[0].get_xdata()) == [32, 48, 96] and list(axes.lines[0].get_ydata()) == [72.5, 61.5, 83.5]
+
+
+def test_logs_of_other_trainers(tmp_path, capsys):
+    """What VMamba's own script printed, and evaluations of Swin's trainer, the last of a file."""
+    evaluation = tmp_path / "eval.txt"
+    evaluation.write_text(" * Acc@1 10.0 Acc@5 20.0\n * Acc@1 83.5 Acc@5 96.5\n")
+    others = [str(DATA / "vmamba_scaleup.log"), f"288={evaluation}"]
+    assert scaleup.main(["--logs", *others, "--out", str(tmp_path / "scaleup.png")]) == 0
+    assert "vmamba_scaleup             224 px  top-1  82.17 %\n" in capsys.readouterr().out
+    rows = [row for entry in others for row in scaleup.read_logs(entry)]
+    found = [(row["model"], row["size"], row["top1"], row["top5"]) for row in rows]
+    assert found[:2] == [("vmamba_scaleup", 64, 45.341, 69.076), ("vmamba_scaleup", 224, 82.169, 96.028)]
+    assert found[2:] == [("eval", 288, 83.5, 96.5)]
+    for entry in (f"224={others[0]}", str(evaluation), f"big={evaluation}"):
+        assert scaleup.main(["--logs", entry, "--out", str(tmp_path / "no.png")]) == 2
+        assert f"error: --logs {entry} must be SIZE=FOLDER, SIZE=FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_killed_at_random_instants(fork, tiny_cfg, read_log, same_state, tmp_pat
     for life in range(KILLS):
         child = fork("--output", folder, *options)
         if life % 4:  # every fourth is killed while it starts
-            until(lambda: max(store.positions(), default=saved) > saved)
+            until(lambda before=saved: max(store.positions(), default=before) > before)
         time.sleep(chance.uniform(0, 0.2))
         child.kill()
         child.join()

@@ -8,7 +8,7 @@ import builtins
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -84,10 +84,8 @@ def kills(at: float) -> Iterator[Kills]:
             # a synchronisation changes nothing that a kill would show, and takes long
             patch.setattr(os, name, counted((lambda *_: None) if name == "fsync" else act))
         patch.setattr(builtins, "open", counted_open)
-        try:
+        with suppress(Killed):
             yield counter
-        except Killed:
-            pass
 
 
 def operations(work: Callable[[], object]) -> int:
@@ -158,15 +156,15 @@ def start_with(folder: Path, *saved: tuple[Position, float], damaged: tuple[Posi
 # name: (what is there, what is done, the answers that are right afterwards: position and value)
 TWO = ((FIRST, 1.0), (SECOND, 2.0))
 WORK = {
-    "first save": ((), (), lambda folder: save(folder, FIRST, 1.0), {None, (FIRST, 1.0)}),
-    "next save": (TWO, (), lambda folder: save(folder, THIRD, 3.0), {(SECOND, 2.0), (THIRD, 3.0)}),
-    "save again": (TWO, (), lambda folder: save(folder, SECOND, 4.0), {(SECOND, 2.0), (SECOND, 4.0)}),
-    "save the only one again": (TWO[:1], (), lambda folder: save(folder, FIRST, 4.0), {(FIRST, 1.0), (FIRST, 4.0)}),
-    "save a damaged one again": (TWO, (SECOND,), lambda folder: save(folder, SECOND, 4.0), {(FIRST, 1.0), (SECOND, 4.0)}),
-    "link": (TWO, (), lambda folder: CheckpointStore(folder, 2).link({"last": FIRST, "best": SECOND}), {(SECOND, 2.0)}),
-    "prune": ((*TWO, (THIRD, 3.0)), (), lambda folder: CheckpointStore(folder, 1).link({"last": THIRD}), {(THIRD, 3.0)}),
-    "clean": (TWO, (), lambda folder: CheckpointStore(folder, 2).clean(), {(SECOND, 2.0)}),
-    "newest": (TWO, (SECOND,), lambda folder: CheckpointStore(folder, 2).newest_valid(), {(FIRST, 1.0)}),
+    "first save": ((), (), lambda x: save(x, FIRST, 1.0), {None, (FIRST, 1.0)}),
+    "next save": (TWO, (), lambda x: save(x, THIRD, 3.0), {(SECOND, 2.0), (THIRD, 3.0)}),
+    "save again": (TWO, (), lambda x: save(x, SECOND, 4.0), {(SECOND, 2.0), (SECOND, 4.0)}),
+    "save the only one again": (TWO[:1], (), lambda x: save(x, FIRST, 4.0), {(FIRST, 1.0), (FIRST, 4.0)}),
+    "save a damaged one again": (TWO, (SECOND,), lambda x: save(x, SECOND, 4.0), {(FIRST, 1.0), (SECOND, 4.0)}),
+    "link": (TWO, (), lambda x: CheckpointStore(x, 2).link({"last": FIRST, "best": SECOND}), {(SECOND, 2.0)}),
+    "prune": ((*TWO, (THIRD, 3.0)), (), lambda x: CheckpointStore(x, 1).link({"last": THIRD}), {(THIRD, 3.0)}),
+    "clean": (TWO, (), lambda x: CheckpointStore(x, 2).clean(), {(SECOND, 2.0)}),
+    "newest": (TWO, (SECOND,), lambda x: CheckpointStore(x, 2).newest_valid(), {(FIRST, 1.0)}),
 }  # fmt: skip
 
 

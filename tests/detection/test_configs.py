@@ -2,7 +2,6 @@
 
 import copy
 import math
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ from ssm_mm.config import read_config
 from ssm_mm.flops import dense_card
 from ssm_mm.layer_decay import layer_of
 from ssm_train.common.errors import UserError
+from tests.dense_configs import Configs, model_of
 
-pytestmark = pytest.mark.dense
+pytestmark = [pytest.mark.dense, pytest.mark.usefixtures("fast_mmengine")]
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = {path.stem: path for path in sorted((ROOT / "configs/detection").glob("v*/[!_]*.py"))}
-README = (ROOT / "configs/detection/README.md").read_text()
 IMAGE = (800, 1280)
+OURS = Configs("detection", IMAGE)
+CONFIGS, config, card = OURS.paths, OURS.config, OURS.card
 
 # millions of parameters and billions of MACs at 1280x800, as printed in the tables; drop path
 PUBLISHED = {
@@ -59,26 +58,6 @@ MODELS_3X = {
 }
 
 
-def model_of(stem: str) -> str:
-    return stem.split("_")[1]
-
-
-def row_of(name: str) -> str:
-    """Of the table in the README."""
-    [row] = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
-    return row
-
-
-@cache
-def config(stem: str):
-    return read_config(str(CONFIGS[stem]))
-
-
-@cache
-def card(name: str):
-    return dense_card(config(next(stem for stem in CONFIGS if model_of(stem) == name)), IMAGE)
-
-
 def agrees(number: float, printed: str) -> bool:
     """Within 1 %, or within one unit of the last printed digit, as some tables cut digits off."""
     unit = 10.0 ** -len(printed.partition(".")[2])
@@ -98,7 +77,9 @@ def test_parameters_and_macs_are_the_published(name):
     counted = card(name)
     assert [part.name for part in counted.parts] == ["backbone", "neck", "rpn_head", "roi_head"]
     assert all(part.parameters > 0 and part.macs > 0 for part in counted.parts)
-    assert f"| {counted.parameters / 1e6:.2f} M" in row_of(name) and f"| {counted.macs / 1e9:.1f} G" in row_of(name)
+    assert f"| {counted.parameters / 1e6:.2f} M" in OURS.row_of(
+        name
+    ) and f"| {counted.macs / 1e9:.1f} G" in OURS.row_of(name)
     if parameters:
         assert agrees(counted.parameters / 1e6, parameters)
         assert agrees(counted.macs / 1e9, macs)
@@ -115,17 +96,7 @@ def test_swin_is_counted_as_published():
 
 @pytest.mark.parametrize("stem", CONFIGS)
 def test_backbone_is_named_with_its_own_drop_path_and_no_weights(stem):
-    model = config(stem).model
-    backbone = model.backbone
-    family = {"type", "name", "checkpoint", "drop_path_rate"}
-    family |= {"out_indices", "model_args"} if "vim" in stem else set()
-    # nothing of Swin is left
-    assert set(backbone) == family
-    assert backbone.type == "SSMBackbone" and backbone.checkpoint is None
-    assert backbone.drop_path_rate == PUBLISHED[model_of(stem)][2]
-    assert f"| {backbone.drop_path_rate} |" in row_of(model_of(stem))
-    assert backbone.name.startswith(model_of(stem).replace("-", "_"))
-    assert config(stem).custom_imports.imports == ["detection.backbone"]
+    OURS.check_backbone(stem, PUBLISHED[model_of(stem)][2])
 
 
 @pytest.mark.parametrize("stem", [stem for stem in CONFIGS if not stem.startswith("cascade")])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmdet")
-pytestmark = pytest.mark.dense
+pytestmark = [pytest.mark.dense, pytest.mark.usefixtures("fast_mmengine")]
 
 from mmdet.registry import MODELS  # noqa: E402
 

@@ -607,6 +607,16 @@ def test_renames_and_drops_arguments():
     assert backbone.cls_mode == "none" and backbone.out_indices == (1, 3) and backbone.last_layer_process == "add"
 
 
+def test_drops_what_of_the_mixers_changes_nothing():
+    dead = {"dt_min": 0.01, "dt_max": 0.2, "dt_init": "constant", "dt_scale": 2.0, "dt_init_floor": 1e-3}
+    dead |= {"use_fast_path": False, "layer_idx": 0, "device": None, "dtype": None}
+    config = SMALL | {"ssm_cfg": {**dead, "d_conv": 3, "dt_rank": 5}}
+    model = build(config)
+    assert shape_of(model) == shape_of(build(SMALL | {"ssm_cfg": {"d_conv": 3, "dt_rank": 5}}))
+    assert model.layers[0].mixer.conv1d.kernel_size == (3,) and model.layers[0].mixer.dt_rank == 5
+    assert set(dead) < set(config["ssm_cfg"])  # the caller's own is left as it was
+
+
 @pytest.mark.parametrize(
     "config, message",
     [

@@ -1,8 +1,5 @@
 """Every segmentation config builds, costs what its paper says, and trains with the published numbers."""
 
-from functools import cache
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("mmseg")
@@ -12,15 +9,13 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 
 from segmentation.tools.get_flops import main
-from ssm_mm.config import read_config
 from ssm_mm.flops import dense_card
+from tests.dense_configs import Configs, model_of
 
-pytestmark = pytest.mark.dense
+pytestmark = [pytest.mark.dense, pytest.mark.usefixtures("fast_mmengine")]
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = {path.stem: path for path in sorted((ROOT / "configs/segmentation").glob("v*/[!_]*.py"))}
-README = (ROOT / "configs/segmentation/README.md").read_text()
-IMAGE = (512, 2048)
+OURS = Configs("segmentation", (512, 2048))
+CONFIGS, config, card = OURS.paths, OURS.config, OURS.card
 
 # millions of parameters and billions of MACs at 2048x512, as printed in the tables; drop path
 PUBLISHED = {
@@ -41,28 +36,8 @@ PUBLISHED = {
 }
 
 
-def model_of(stem: str) -> str:
-    return stem.split("_")[1]
-
-
 def crop_of(stem: str) -> int:
     return int(stem.rsplit("x", 1)[1])
-
-
-def row_of(name: str) -> str:
-    """Of the table in the README."""
-    [row] = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
-    return row
-
-
-@cache
-def config(stem: str):
-    return read_config(str(CONFIGS[stem]))
-
-
-@cache
-def card(name: str):
-    return dense_card(config(next(stem for stem in CONFIGS if model_of(stem) == name)), IMAGE)
 
 
 def test_every_published_row_has_its_config():
@@ -79,7 +54,7 @@ def test_parameters_and_macs_are_the_published(name):
     backbone, decode, auxiliary = card(name).parts
     assert (backbone.name, decode.name, auxiliary.name) == ("backbone", "decode_head", "auxiliary_head")
     assert backbone.macs > 0 and decode.macs > 0 and auxiliary.macs == 0
-    row = row_of(name)
+    row = OURS.row_of(name)
     assert f"| {card(name).parameters / 1e6:.2f} M" in row and f"| {card(name).macs / 1e9:.1f} G" in row
     if parameters:
         # VMamba's table has the auxiliary head among the parameters, VSSD's has not
@@ -101,17 +76,8 @@ def test_vim_tiny_has_the_parameters_of_the_published_log():
 
 @pytest.mark.parametrize("stem", CONFIGS)
 def test_backbone_is_named_with_its_own_drop_path_and_no_weights(stem):
+    OURS.check_backbone(stem, PUBLISHED[model_of(stem)][2])
     model = config(stem).model
-    backbone = model.backbone
-    family = {"type", "name", "checkpoint", "drop_path_rate"}
-    family |= {"out_indices", "model_args"} if "vim" in stem else set()
-    # nothing of Swin is left
-    assert set(backbone) == family
-    assert backbone.type == "SSMBackbone" and backbone.checkpoint is None
-    assert backbone.drop_path_rate == PUBLISHED[model_of(stem)][2]
-    assert f"| {backbone.drop_path_rate} |" in row_of(model_of(stem))
-    assert backbone.name.startswith(model_of(stem).replace("-", "_"))
-    assert config(stem).custom_imports.imports == ["segmentation.backbone"]
     assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 150
     assert model.auxiliary_head.in_channels == model.decode_head.in_channels[2]
 

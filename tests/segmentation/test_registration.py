@@ -6,7 +6,7 @@ import sys
 import pytest
 
 pytest.importorskip("mmseg")
-pytestmark = pytest.mark.dense
+pytestmark = [pytest.mark.dense, pytest.mark.usefixtures("fast_mmengine")]
 
 from ssm_mm.config import read_config  # noqa: E402
 from ssm_mm.flops import dense_card  # noqa: E402

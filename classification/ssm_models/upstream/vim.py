@@ -30,6 +30,9 @@ _DEAD = ("fused_add_norm", "ft_seq_len", "initializer_cfg", "device", "dtype", "
 # timm's, swallowed there; and misspelled in the published base model, where it does nothing: the default says the same.
 _DEAD += ("drop_block_rate", "if_devide_out")
 _RENAMED = {"channels": "in_chans"}
+# The same of the mixers' arguments: how step sizes are drawn, and a choice of kernel (the slow one is one-way).
+_DEAD_OF_MIXERS = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer_idx")
+_DEAD_OF_MIXERS += ("device", "dtype")
 
 
 def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
@@ -46,6 +49,9 @@ def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
         arguments = _published(config)
     else:
         arguments = {_RENAMED.get(name, name): value for name, value in config.items() if name not in _DEAD}
+        if arguments.get("ssm_cfg"):
+            mixers = arguments["ssm_cfg"].items()
+            arguments["ssm_cfg"] = {name: value for name, value in mixers if name not in _DEAD_OF_MIXERS}
     if backbone:
         arguments.pop("if_cls_token", None)  # upstream removes the token again
     try:

@@ -67,5 +67,5 @@ def check_checkout() -> None:
 def _checkout_of(path: Path) -> Path | None:
     """The folder of the checkout that holds `path`; None where `path` is installed or somebody else's."""
     if path.is_relative_to(Path(sys.prefix).resolve()):
-        return None  # such as pytest, of an environment inside a checkout
+        return None  # an environment may lie in a checkout and serve another: pytest, torchrun
     return next((folder for folder in path.parents if (folder / "kernels" / "ssm_ops" / "__init__.py").is_file()), None)
