@@ -115,14 +115,16 @@ def _fake_scan(x, in_channel_first, out_channel_first, one_by_one, scans, impl):
     else:
         batch, channels, height, width = x.shape if in_channel_first else (x.shape[0], x.shape[3], *x.shape[1:3])
     length = height * width
-    return x.new_empty((batch, 4, channels, length) if out_channel_first else (batch, length, 4, channels))
+    shape = (batch, 4, channels, length) if out_channel_first else (batch, length, 4, channels)
+    return x.new_empty(shape, dtype=x.dtype)
 
 
 def _fake_merge(y, in_channel_first, out_channel_first, one_by_one, scans, impl):
     batch = y.shape[0]
     channels, height, width = y.shape[2:] if out_channel_first else (y.shape[4], *y.shape[1:3])
     length, routes = height * width, (4,) if one_by_one else ()
-    return y.new_empty((batch, *routes, channels, length) if in_channel_first else (batch, length, *routes, channels))
+    shape = (batch, *routes, channels, length) if in_channel_first else (batch, length, *routes, channels)
+    return y.new_empty(shape, dtype=y.dtype)
 
 
 _SCAN = register(CROSS_SCAN, f"cross_scan(Tensor x, {_FLAGS}) -> Tensor", _fake_scan, "scan")

@@ -96,7 +96,7 @@ def _fake_fwd(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, chunk_siz
     n_chunks = (length + chunk_size - 1) // chunk_size
     out = x.new_empty(x.shape, dtype=out_dtype)
     final = x.new_empty((batch, heads, head_dim, n_state), dtype=state_dtype(x.dtype))
-    return out, final, final.new_empty((n_chunks + 1, *final.shape))
+    return out, final, x.new_empty((n_chunks + 1, *final.shape), dtype=final.dtype)
 
 
 def _fake_bwd(dout, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, states, dt_softplus, chunk_size, impl):
