@@ -52,7 +52,7 @@ def root_of(name: str) -> str:
 
 def test_this_test_sees_the_sources():
     assert ("torch", True) in imports(ROOT / "kernels/ssm_ops/selective_scan/api.py")
-    assert ("ssm_ops.selective_scan.ops", True) in imports(ROOT / "kernels/ssm_ops/selective_scan/impl/reference.py")
+    assert ("ssm_ops.selective_scan.api", True) in imports(ROOT / "kernels/ssm_ops/selective_scan/impl/cpu.py")
     assert ("ssm_models.layers.ss2d", True) in imports(ROOT / "classification/ssm_models/vssm.py")
 
 
@@ -73,6 +73,44 @@ def test_implementations_never_import_each_other():
 
     implementations = [path for path in files("kernels/ssm_ops") if path.parent.name == "impl"]
     assert len(implementations) > 15 and violations(implementations, allowed) == []
+
+
+COMPOSITIONS = {
+    "ss2d_scan/impl/reference.py": {"cross_scan", "selective_scan"},
+    "bidirectional_scan/impl/reference.py": {"selective_scan"},
+}
+"""Operators that are made of others, which are called as any user calls them."""
+
+
+def test_operators_know_their_siblings_only_to_be_made_of_them():
+    """What several operators share stands in modules of the package, not in one of them."""
+    root = ROOT / "kernels/ssm_ops"
+    operators = {path.parent.name for path in root.glob("*/api.py")}
+    found = {}
+    for path in files("kernels/ssm_ops"):
+        own, *rest = path.relative_to(root).parts
+        for name, _ in imports(path):
+            sibling, _, inside = name.removeprefix("ssm_ops.").partition(".")
+            if rest and sibling in operators - {own}:
+                assert not inside, f"{path}: {name} reaches into an operator"
+                found.setdefault(f"{own}/{'/'.join(rest)}", set()).add(sibling)
+    assert len(operators) == 7 and found == COMPOSITIONS
+
+
+def test_from_a_logit_to_a_launch_are_four_files_and_two_for_all_operators():
+    """Model, layer, operator, implementation; between the last two the machinery that carries every call."""
+    way = [
+        ("classification/ssm_models/vssm.py", "ssm_models.layers.ss2d"),
+        ("classification/ssm_models/layers/ss2d.py", "ssm_ops"),
+        ("kernels/ssm_ops/ss2d_scan/api.py", "ssm_ops._autograd"),
+        ("kernels/ssm_ops/_autograd.py", "ssm_ops._library"),
+    ]
+    for path, following in way:
+        assert following in {name for name, _ in imports(ROOT / path)}, path
+    for launcher in ("selective_scan/impl/cuda.py", "ss2d_scan/impl/triton.py", "selective_scan/impl/triton.py"):
+        source = (ROOT / "kernels/ssm_ops" / launcher).read_text()
+        assert "_kernel[" in source or "_launch(" in source, launcher
+    assert sorted(path.name for path in (ROOT / "kernels/ssm_ops/ss2d_scan").glob("*.py")) == ["__init__.py", "api.py"]
 
 
 def test_models_know_no_scripts_and_no_configs():

@@ -97,7 +97,7 @@ def ssd_chunk_scan_fwd(convention: str, x: Shape, dt, A, B: Shape, *rest, out_sh
     """Per chunk C B^T of T x T in N, its product with x, the next state, and the last state's part of y."""
     if convention == "recurrence":
         return _SSD_RECURRENCE.forward * prod(x) * B[3]
-    _C, _D, _dt_bias, _states, _dt_softplus, chunk_size, *_ = rest
+    _C, _D, _dt_bias, _initial_states, _dt_softplus, chunk_size, *_ = rest
     return _ssd_products(x, B, chunk_size, per_group=1, per_head=1, state=2)
 
 
@@ -105,7 +105,7 @@ def ssd_chunk_scan_bwd(convention: str, dout, dfinal, x: Shape, dt, A, B: Shape,
     """C B^T again and its gradients for B and C; both factors of its product with x; five products with states."""
     if convention == "recurrence":
         return _SSD_RECURRENCE.backward * prod(x) * B[3]
-    _C, _D, _dt_bias, _states, _dt_softplus, chunk_size, *_ = rest
+    _C, _D, _dt_bias, _initial_states, _states, _dt_softplus, chunk_size, *_ = rest
     return _ssd_products(x, B, chunk_size, per_group=3, per_head=2, state=5)
 
 

@@ -209,6 +209,11 @@ def register(operator: Operator, schema: str, fake: Callable, launcher: str):
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def register_autograd(overload, kernel: Callable) -> None:
+    """Let `kernel`, which takes the same arguments, answer for a registered operator wherever autograd sees it."""
+    _LIBRARY.impl(overload._schema.name.split("::")[1], kernel, "Autograd")
+
+
 def no_autocast(device_type: str):
     """Context in which autocast is off for this kind of device; there is none for shapes alone (meta)."""
     if device_type == "meta":

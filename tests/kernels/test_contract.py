@@ -9,11 +9,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ssm_ops import cross_merge, cross_scan, selective_scan
 from ssm_ops._library import _triton_problem, resolve
-from ssm_ops.cross_scan import ops as cross_ops
-from ssm_ops.selective_scan import ops as scan_ops
+from ssm_ops.cross_scan import api as cross_api
+from ssm_ops.selective_scan import api as scan_api
 from tests.kernels.common import scan_inputs, to_dtype
 
-CPU_IMPL = resolve(scan_ops.SELECTIVE_SCAN, "auto", torch.device("cpu"), torch.float32)
+CPU_IMPL = resolve(scan_api.SELECTIVE_SCAN, "auto", torch.device("cpu"), torch.float32)
 
 
 def detached(inputs):
@@ -25,9 +25,9 @@ def detached(inputs):
 def test_opcheck_selective_scan(options, dtype):
     i = detached(to_dtype(scan_inputs(2, 4, 300, 3, **options), dtype))
     args = (i["u"], i["delta"], i["A"], i["B"], i["C"], i["D"], i["z"], i["delta_bias"])
-    torch.library.opcheck(scan_ops.selective_scan_fwd, (*args, True, torch.float32, CPU_IMPL))
-    out, _, states = scan_ops.selective_scan_fwd(*args, True, torch.float32, CPU_IMPL)
-    torch.library.opcheck(scan_ops.selective_scan_bwd, (torch.randn_like(out), *args, states, True, CPU_IMPL))
+    torch.library.opcheck(scan_api.selective_scan_fwd, (*args, True, torch.float32, CPU_IMPL))
+    out, _, states = scan_api.selective_scan_fwd(*args, True, torch.float32, CPU_IMPL)
+    torch.library.opcheck(scan_api.selective_scan_bwd, (torch.randn_like(out), *args, states, True, CPU_IMPL))
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
@@ -38,9 +38,9 @@ def test_opcheck_cross_scan_and_merge(in_first, out_first, one_by_one):
     four = (4,) if one_by_one else ()
     x = torch.randn((2, *four, 3, 4, 5) if in_first else (2, 4, 5, *four, 3))
     y = torch.randn((2, 4, 3, 4, 5) if out_first else (2, 4, 5, 4, 3))
-    impl = resolve(cross_ops.CROSS_SCAN, "auto", x.device, x.dtype)
-    torch.library.opcheck(cross_ops.cross_scan, (x, *flags, impl))
-    torch.library.opcheck(cross_ops.cross_merge, (y, *flags, impl))
+    impl = resolve(cross_api.CROSS_SCAN, "auto", x.device, x.dtype)
+    torch.library.opcheck(torch.ops.ssm_ops.cross_scan.default, (x, *flags, impl))
+    torch.library.opcheck(torch.ops.ssm_ops.cross_merge.default, (y, *flags, impl))
 
 
 def ss2d_like(x, weight, A, D, bias):

@@ -13,6 +13,7 @@ import ssm_ops
 from ssm_ops import causal_conv1d, cross_merge, cross_scan, flop_formulas, nc_ssd, selective_scan, ssd_chunk_scan
 from ssm_ops.bidirectional_scan.impl.reference import composition as reversed_copies
 from ssm_ops.ss2d_scan.impl.reference import composition
+from ssm_ops.ssd.impl import reference as ssd_reference
 
 OPS = torch.ops.ssm_ops
 
@@ -210,11 +211,16 @@ def test_ssd_costs_the_products_of_its_reference(length, chunk, groups):
         leaf(BATCH, length, groups, n_state),
         leaf(BATCH, length, groups, n_state),
     )
-    run = lambda impl: lambda: ssd_chunk_scan(*args, chunk, D=leaf(heads), impl=impl)  # noqa: E731
-    products = forward_and_backward(run("reference"))  # plain PyTorch: its own formulas count the products
-    assert forward_and_backward(run("auto")) == products and products[1] > products[0] > 0
+    D, outs = leaf(heads), []
+    # plain PyTorch: its own formulas count the products
+    inputs = [t.detach() for t in (*args, D)]
+    forward = count(lambda: outs.extend(ssd_reference.forward(*inputs, None, None, False, chunk, torch.float32)))
+    out, final, saved = outs
+    backward = count(lambda: ssd_reference.backward(out, final, *inputs, None, None, saved, False, chunk))
+    run = lambda: ssd_chunk_scan(*args, chunk, D=D)  # noqa: E731
+    assert forward_and_backward(run) == (forward, backward) and backward > forward > 0
     states = BATCH * length * heads * head_dim * n_state
-    assert forward_and_backward(run("auto"), "recurrence") == (6 * states, 15 * states)
+    assert forward_and_backward(run, "recurrence") == (6 * states, 15 * states)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

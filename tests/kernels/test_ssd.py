@@ -144,14 +144,6 @@ def test_nan_in_nan_out(function, impl):
     assert out[0, 5:, 0, 0].isnan().all() and not out[0, :, 1].isnan().any()
 
 
-@pytest.mark.parametrize("function", [ssd_chunk_scan, nc_ssd])
-def test_no_second_derivative(function):
-    inputs = leaves(ssd_inputs(1, 4, 2, 2, 2), torch.float32)
-    (dx,) = torch.autograd.grad(function(**inputs).square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_reference_memory_grows_with_the_inputs_alone():
     """No intermediate is larger than one chunk's products, than an input, or than the states between chunks."""
 

@@ -88,7 +88,7 @@ def test_selective_scan_compiles(no_cache, batch, dim, length, n_state, dtype, g
 @pytest.mark.parametrize("dtype, size, layouts", [("bf16", 56, "FF"), ("fp32", 56, "LF"), ("fp16", 7, "FL")])
 def test_cross_scan_and_merge_compile(no_cache, kernel, dtype, size, layouts):
     x_last, y_last = (layout == "L" for layout in layouts)
-    columns, backwards = CROSS.ROUTES["cross2d"]
+    columns, backwards = CROSS.route_bits("cross2d")
     block = CROSS._blocks(192, size, size, x_last, y_last)
     vectors = dict.fromkeys(("X_VEC", "Y_VEC", "C_VEC", "L_VEC"), 4 if size % 4 == 0 else 1)
     constants = dict(zip(("BC", "BH", "BW"), block, strict=True)) | vectors

@@ -10,8 +10,7 @@ import torch
 
 from ssm_ops import cross_merge, cross_scan, selective_scan
 from ssm_ops._library import OPERATORS, resolve
-from ssm_ops.cross_scan import ops as cross_ops
-from ssm_ops.selective_scan import ops as scan_ops
+from ssm_ops.selective_scan import api as scan_api
 from tests.kernels.common import rms_error, scan_inputs, to_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,12 +128,12 @@ def test_opcheck():
         for n, x in to_dtype(on_device(scan_inputs(1, 4, 9, 2)), torch.float32).items()
     }
     args = (i["u"], i["delta"], i["A"], i["B"], i["C"], i["D"], i["z"], i["delta_bias"])
-    torch.library.opcheck(scan_ops.selective_scan_fwd, (*args, True, torch.float32, "triton"))
-    out, _, states = scan_ops.selective_scan_fwd(*args, True, torch.float32, "triton")
-    torch.library.opcheck(scan_ops.selective_scan_bwd, (torch.randn_like(out), *args, states, True, "triton"))
+    torch.library.opcheck(scan_api.selective_scan_fwd, (*args, True, torch.float32, "triton"))
+    out, _, states = scan_api.selective_scan_fwd(*args, True, torch.float32, "triton")
+    torch.library.opcheck(scan_api.selective_scan_bwd, (torch.randn_like(out), *args, states, True, "triton"))
     flags = (True, False, False, "cross2d", "triton")
-    torch.library.opcheck(cross_ops.cross_scan, (torch.randn(1, 3, 4, 5, device=DEVICE), *flags))
-    torch.library.opcheck(cross_ops.cross_merge, (torch.randn(1, 4, 5, 4, 3, device=DEVICE), *flags))
+    torch.library.opcheck(torch.ops.ssm_ops.cross_scan.default, (torch.randn(1, 3, 4, 5, device=DEVICE), *flags))
+    torch.library.opcheck(torch.ops.ssm_ops.cross_merge.default, (torch.randn(1, 4, 5, 4, 3, device=DEVICE), *flags))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")

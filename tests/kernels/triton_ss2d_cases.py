@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ssm_ops import ss2d_scan
 from ssm_ops._library import OPERATORS, resolve
-from ssm_ops.ss2d_scan import ops
+from ssm_ops.ss2d_scan import api
 from tests.kernels.common import rms_error
 from tests.kernels.test_ss2d_scan import inputs, leaves, run
 
@@ -97,9 +97,9 @@ def test_everything_is_written_and_nothing_else_is_read(monkeypatch):
 def test_opcheck():
     given = [x.detach() for x in leaves(on_device(inputs(1, 5, 3, 4, 1, 2)), torch.float32).values()]
     given[0] = given[0].contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(ops.ss2d_scan_fwd, (*given, "cross2d", torch.bfloat16, "triton"))
-    out, states = ops.ss2d_scan_fwd(*given, "cross2d", torch.float32, "triton")
-    torch.library.opcheck(ops.ss2d_scan_bwd, (torch.randn_like(out), *given, states, "cross2d", "triton"))
+    torch.library.opcheck(api.ss2d_scan_fwd, (*given, "cross2d", torch.bfloat16, "triton"))
+    out, states = api.ss2d_scan_fwd(*given, "cross2d", torch.float32, "triton")
+    torch.library.opcheck(api.ss2d_scan_bwd, (torch.randn_like(out), *given, states, "cross2d", "triton"))
 
 
 def test_nan_stays_behind_its_pixel():

@@ -8,8 +8,8 @@ import torch
 
 from ssm_ops import causal_conv1d, ssd_chunk_scan
 from ssm_ops._library import OPERATORS, resolve
-from ssm_ops.causal_conv1d import ops as conv_ops
-from ssm_ops.ssd import ops as ssd_ops
+from ssm_ops.causal_conv1d import api as conv_api
+from ssm_ops.ssd import api as ssd_api
 from tests.kernels.common import rms_error
 from tests.kernels.ssd_common import TENSORS_OF_X, leaves, ssd_inputs
 
@@ -106,13 +106,13 @@ def test_opcheck():
     *args, initial = (t.detach() for t in made.values())
     # parts of chunks, so that what is saved is not what the kernels keep
     forward = (*args, initial, True, 70, torch.float32, "triton")
-    torch.library.opcheck(ssd_ops.ssd_chunk_scan_fwd, forward, test_utils=("test_schema", "test_faketensor"))
-    out, final, states = ssd_ops.ssd_chunk_scan_fwd(*forward)
+    torch.library.opcheck(ssd_api.ssd_chunk_scan_fwd, forward, test_utils=("test_schema", "test_faketensor"))
+    out, final, states = ssd_api.ssd_chunk_scan_fwd(*forward)
     backward = (torch.randn_like(out), torch.randn_like(final), *args, states, True, 70, "triton")
-    torch.library.opcheck(ssd_ops.ssd_chunk_scan_bwd, backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ssd_api.ssd_chunk_scan_bwd, backward, test_utils=("test_schema", "test_faketensor"))
     x, weight = torch.randn(2, 3, 9, device=DEVICE), torch.randn(3, 4, device=DEVICE)
-    torch.library.opcheck(conv_ops.causal_conv1d_fwd, (x, weight, None, True, False, "triton"))
-    torch.library.opcheck(conv_ops.causal_conv1d_bwd, (x, x, weight, weight[:, 0].clone(), True, True, "triton"))
+    torch.library.opcheck(conv_api.causal_conv1d_fwd, (x, weight, None, True, False, "triton"))
+    torch.library.opcheck(conv_api.causal_conv1d_bwd, (x, x, weight, weight[:, 0].clone(), True, True, "triton"))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")

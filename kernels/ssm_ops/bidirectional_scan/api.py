@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._library import DEFAULT_IMPL, resolve
-from ..selective_scan.api import MAX_STATE
-from ..selective_scan.ops import state_dtype
-from ..ss2d_scan.api import MAX_RANK
-from . import ops
+from .._autograd import Differentiable
+from .._common import MAX_RANK, check_beside, check_floating, empty_gradient, state_dtype
+from .._image_scan import STATE_CHUNK
+from .._interface import MAX_STATE
+from .._library import DEFAULT_IMPL, SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
 
 
@@ -52,7 +51,10 @@ def bidirectional_scan(
         (B, L, D), contiguous.
 
     States, exponentials and sums are kept in float32 (float64). Gradients come in the dtype of their input. The same
-    call gives the same bits. First derivatives only.
+    call gives the same bits.
+
+    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
+    is the reference's work, see `_autograd.py`.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, named.
@@ -62,31 +64,15 @@ def bidirectional_scan(
     out_dtype = out_dtype or x_forward.dtype
     chosen = DEFAULT_IMPL if impl == "auto" else impl
     if chosen in ("auto", "cpu"):
-        chosen = resolve(ops.BIDIRECTIONAL_SCAN, impl, x_forward.device, x_forward.dtype)
+        chosen = resolve(BIDIRECTIONAL_SCAN, impl, x_forward.device, x_forward.dtype)
     if chosen != "cpu":
         return reference.composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl)
-    return _BidirectionalScan.apply(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, chosen)
-
-
-class _BidirectionalScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl):
-        inputs = (x_forward, x_backward, proj, dt_weight, A, D, dt_bias)
-        out, states = ops.bidirectional_scan_fwd(*inputs, out_dtype, impl)
-        ctx.save_for_backward(*inputs, states)
-        ctx.impl = impl
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        return *ops.bidirectional_scan_bwd(dout, *ctx.saved_tensors, ctx.impl), None, None
+    return _SCAN.forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, chosen)[0]
 
 
 def _check(x_forward, x_backward, proj, dt_weight, A, D, dt_bias) -> None:
     name = "bidirectional_scan"
-    if x_forward.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{name}: x_forward is {x_forward.dtype}; use float32, float16, bfloat16 or float64")
+    check_floating(name, "x_forward", x_forward)
     if x_forward.dim() != 3 or 0 in x_forward.shape[1:]:
         raise ValueError(f"{name}: x_forward must be (B, L, D) with at least one token, got {tuple(x_forward.shape)}")
     if A.dim() != 2 or not 1 <= A.shape[1] <= MAX_STATE:
@@ -94,26 +80,54 @@ def _check(x_forward, x_backward, proj, dt_weight, A, D, dt_bias) -> None:
     if dt_weight.dim() != 3 or not 1 <= dt_weight.shape[2] <= MAX_RANK:
         raise ValueError(f"{name}: dt_weight must be (2, D, R), 1 <= R <= {MAX_RANK}, got {tuple(dt_weight.shape)}")
     (batch, length, dim), n_state, rank = x_forward.shape, A.shape[1], dt_weight.shape[2]
-    sequences = {
-        "x_backward": (x_backward, (batch, length, dim)),
-        "proj": (proj, (batch, length, 2 * (rank + 2 * n_state))),
+    own, wide = (x_forward.dtype,), (state_dtype(x_forward.dtype),)
+    others = {
+        "x_backward": (x_backward, [(batch, length, dim)], own),
+        "proj": (proj, [(batch, length, 2 * (rank + 2 * n_state))], own),
+        "dt_weight": (dt_weight, [(2, dim, rank)], wide),
+        "A": (A, [(2 * dim, n_state)], wide),
+        "D": (D, [(2 * dim,)], wide),
+        "dt_bias": (dt_bias, [(2 * dim,)], wide),
     }
-    parameters = {
-        "dt_weight": (dt_weight, (2, dim, rank)),
-        "A": (A, (2 * dim, n_state)),
-        "D": (D, (2 * dim,)),
-        "dt_bias": (dt_bias, (2 * dim,)),
-    }
-    for expected, tensors in ((x_forward.dtype, sequences), (state_dtype(x_forward.dtype), parameters)):
-        for what, (given, shape) in tensors.items():
-            if given.shape != shape:
-                raise ValueError(
-                    f"{name}: {what} must be {tuple(shape)} for x_forward {tuple(x_forward.shape)}, R {rank}, "
-                    f"N {n_state}, got {tuple(given.shape)}"
-                )
-            if given.dtype != expected:
-                raise TypeError(
-                    f"{name}: {what} must be {expected} beside x_forward in {x_forward.dtype}, got {given.dtype}"
-                )
-            if given.device != x_forward.device:
-                raise ValueError(f"{name}: {what} is on {given.device}, x_forward is on {x_forward.device}")
+    check_beside(name, "x_forward", x_forward, others, f", R {rank}, N {n_state}")
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+# `states` is what the backward needs besides the inputs: the float32 state before every chunk of `STATE_CHUNK` tokens
+# of a direction, (C + 1, B, S, N, D) with C = ceil(L / chunk); the last entry is not read. "reference" is a composition
+# of other operators, without these two.
+
+BIDIRECTIONAL_SCAN = declare("bidirectional_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), reference=None)
+
+
+def _fake_fwd(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl):
+    batch, length, dim = x_forward.shape
+    n_chunks = (length + STATE_CHUNK - 1) // STATE_CHUNK
+    states = x_forward.new_empty((n_chunks + 1, batch, 2, A.shape[1], dim), dtype=torch.float32)
+    return torch.empty_like(x_forward, dtype=out_dtype, memory_format=torch.contiguous_format), states
+
+
+def _fake_bwd(dout, x_forward, x_backward, proj, dt_weight, A, D, dt_bias, states, impl):
+    inputs = (x_forward, x_backward, proj, dt_weight, A, D, dt_bias)
+    return tuple(empty_gradient(t, x_forward) for t in inputs)
+
+
+bidirectional_scan_fwd = register(
+    BIDIRECTIONAL_SCAN,
+    "bidirectional_scan_fwd(Tensor x_forward, Tensor x_backward, Tensor proj, Tensor dt_weight, Tensor A, Tensor D, "
+    "Tensor dt_bias, ScalarType out_dtype, str impl) -> (Tensor out, Tensor states)",
+    _fake_fwd,
+    "forward",
+)
+
+bidirectional_scan_bwd = register(
+    BIDIRECTIONAL_SCAN,
+    "bidirectional_scan_bwd(Tensor dout, Tensor x_forward, Tensor x_backward, Tensor proj, Tensor dt_weight, Tensor A, "
+    "Tensor D, Tensor dt_bias, Tensor states, str impl) -> (Tensor dx_forward, Tensor dx_backward, Tensor dproj, "
+    "Tensor ddt_weight, Tensor dA, Tensor dD, Tensor ddt_bias)",
+    _fake_bwd,
+    "backward",
+)
+
+_SCAN = Differentiable(bidirectional_scan_fwd, bidirectional_scan_bwd, reference.forward)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._library import no_autocast, resolve
-from ..selective_scan.ops import state_dtype
-from . import ops
+from .._autograd import Differentiable
+from .._common import check_beside, check_floating, empty_gradient, state_dtype
+from .._library import SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
 
 ACTIVATIONS = (None, "silu")
@@ -48,64 +47,76 @@ def causal_conv1d(
         (B, D, L), dtype of x; contiguous, but "cpu" gives channels-last results, (B, L, D) in memory, for such x.
 
     Sums and the activation are formed in float32 (float64 for float64 inputs), whatever autocast says. Gradients come
-    in the dtype of their input. The same call gives the same bits. First derivatives only.
+    in the dtype of their input. The same call gives the same bits.
+
+    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
+    is the reference's work, see `_autograd.py`.
 
     Raises:
         ValueError, TypeError: a shape, dtype or activation that does not fit, named.
         RuntimeError: `impl` cannot run on this device.
     """
     _check(x, weight, bias, activation)
-    chosen = None if impl == "reference" else resolve(ops.CAUSAL_CONV1D, impl, x.device, x.dtype)
-    return _CausalConv1d.apply(x, weight, bias, activation == "silu", reverse, chosen)
-
-
-class _CausalConv1d(torch.autograd.Function):
-    """Autograd around the registered operators (`impl` names one) or around plain PyTorch (`impl` is None)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, silu, reverse, impl):
-        ctx.save_for_backward(x, weight, bias)
-        ctx.flags, ctx.impl = (silu, reverse), impl
-        if impl is None:
-            with no_autocast(x.device.type):
-                return reference.forward(x, weight, bias, silu, reverse)
-        return ops.causal_conv1d_fwd(x, weight, bias, silu, reverse, impl)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        inputs = ctx.saved_tensors
-        args = (dout, *inputs, *ctx.flags)
-        if ctx.impl is None:
-            with no_autocast(dout.device.type):
-                grads = reference.backward(*args)
-        else:
-            grads = ops.causal_conv1d_bwd(*args, ctx.impl)
-        grads = (None if t is None else g for t, g in zip(inputs, grads, strict=True))
-        return *grads, None, None, None
+    args = (x, weight, bias, activation == "silu", reverse)
+    if impl == "reference":
+        return _CONV.meaning(*args, impl)
+    return _CONV.forward(*args, resolve(CAUSAL_CONV1D, impl, x.device, x.dtype))
 
 
 def _check(x, weight, bias, activation) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"causal_conv1d: activation={activation!r} is not one of None, 'silu'")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"causal_conv1d: x is {x.dtype}; use float32, float16, bfloat16 or float64")
+    check_floating("causal_conv1d", "x", x)
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"causal_conv1d: x must be (B, D, L) with L > 0, got {tuple(x.shape)}")
     dim = x.shape[1]
-    if weight.dim() != 2 or weight.shape[0] != dim or weight.shape[1] == 0:
-        raise ValueError(
-            f"causal_conv1d: weight must be ({dim}, K) with K > 0 for x {tuple(x.shape)}, got {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != (dim,):
-        raise ValueError(f"causal_conv1d: bias must be ({dim},) for x {tuple(x.shape)}, got {tuple(bias.shape)}")
-    legal = dict.fromkeys((x.dtype, state_dtype(x.dtype)))
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.dtype not in legal:
-            raise TypeError(
-                f"causal_conv1d: {name} must be {' or '.join(map(str, legal))} beside x in {x.dtype}, got {t.dtype}"
-            )
-        if t.device != x.device:
-            raise ValueError(f"causal_conv1d: {name} is on {t.device}, x is on {x.device}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(f"causal_conv1d: weight must be ({dim}, K) with K > 0, got {tuple(weight.shape)}")
+    dtypes = (x.dtype, state_dtype(x.dtype))
+    others = {"weight": (weight, [(dim, weight.shape[1])], dtypes), "bias": (bias, [(dim,)], dtypes)}
+    check_beside("causal_conv1d", "x", x, others)
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+# Nothing is saved but the inputs: the backward forms the sum before the activation again.
+
+CAUSAL_CONV1D = declare("causal_conv1d", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Do the channels of a token of (B, D, L) lie side by side?"""
+    return x.stride(1) == 1
+
+
+def result_like(x: torch.Tensor, impl: str, dtype: torch.dtype) -> torch.Tensor:
+    """(B, D, L), not filled: "cpu" keeps the layout of channels-last inputs, all others write contiguous results."""
+    if impl == "cpu" and is_channels_last(x):
+        return x.new_empty(x.mT.shape, dtype=dtype).mT
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _fake_fwd(x, weight, bias, silu, reverse, impl):
+    return result_like(x, impl, x.dtype)
+
+
+def _fake_bwd(dout, x, weight, bias, silu, reverse, impl):
+    return result_like(x, impl, x.dtype), empty_gradient(weight, x), empty_gradient(bias, x)
+
+
+causal_conv1d_fwd = register(
+    CAUSAL_CONV1D,
+    "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, str impl) -> Tensor out",
+    _fake_fwd,
+    "forward",
+)
+
+causal_conv1d_bwd = register(
+    CAUSAL_CONV1D,
+    "causal_conv1d_bwd(Tensor dout, Tensor x, Tensor weight, Tensor? bias, bool silu, bool reverse, str impl) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _fake_bwd,
+    "backward",
+)
+
+_CONV = Differentiable(causal_conv1d_fwd, causal_conv1d_bwd, reference.forward)

@@ -1,3 +1,3 @@
-from .api import SCANS, cross_merge, cross_scan
+from .api import cross_merge, cross_scan
 
-__all__ = ["SCANS", "cross_merge", "cross_scan"]
+__all__ = ["cross_merge", "cross_scan"]

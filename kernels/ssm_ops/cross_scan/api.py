@@ -14,11 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._library import resolve
-from . import ops
+from .._autograd import below_autograd, differentiate
+from .._common import FLOATING, SCANS
+from .._library import declare, register, resolve
 from .impl import reference
-
-SCANS = tuple(reference.ROUTES)
 
 
 def cross_scan(
@@ -40,7 +39,8 @@ def cross_scan(
         impl: "auto", "cpu", "triton" or "reference"; the last is plain PyTorch without a custom operator.
 
     Returns:
-        Contiguous, dtype of x. The adjoint (and the gradient) is `cross_merge` with the same flags.
+        Contiguous, dtype of x. The adjoint (and the gradient) is `cross_merge` with the same flags; differentiable any
+        number of times, under `torch.func` and in forward mode, too.
 
     Raises:
         ValueError: a wrong number of dimensions, not four maps, or an unknown `scans`.
@@ -51,7 +51,7 @@ def cross_scan(
     flags = (in_channel_first, out_channel_first, one_by_one, _name(scans))
     if impl == "reference":
         return reference.scan(x, *flags)
-    return _CrossScan.apply(x, flags, resolve(ops.CROSS_SCAN, impl, x.device, x.dtype))
+    return _scan(x, *flags, resolve(CROSS_SCAN, impl, x.device, x.dtype))
 
 
 def cross_merge(
@@ -81,39 +81,7 @@ def cross_merge(
     flags = (in_channel_first, out_channel_first, one_by_one, _name(scans))
     if impl == "reference":
         return reference.merge(y, *flags)
-    return _CrossMerge.apply(y, flags, resolve(ops.CROSS_MERGE, impl, y.device, y.dtype))
-
-
-class _CrossScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, flags, impl):
-        ctx.flags, ctx.impl = flags, impl
-        in_channel_first = flags[0]
-        ctx.size = x.shape[-2:] if in_channel_first else x.shape[1:3]
-        return ops.cross_scan(x, *flags, impl)
-
-    @staticmethod
-    def backward(ctx, grad):
-        in_channel_first, out_channel_first = ctx.flags[:2]
-        routes = grad.unflatten(3, ctx.size) if out_channel_first else grad.unflatten(1, ctx.size)
-        merged = _CrossMerge.apply(routes, ctx.flags, ctx.impl)
-        return merged.unflatten(-1, ctx.size) if in_channel_first else merged.unflatten(1, ctx.size), None, None
-
-
-class _CrossMerge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, flags, impl):
-        ctx.flags, ctx.impl = flags, impl
-        out_channel_first = flags[1]
-        ctx.size = y.shape[-2:] if out_channel_first else y.shape[1:3]
-        return ops.cross_merge(y, *flags, impl)
-
-    @staticmethod
-    def backward(ctx, grad):
-        in_channel_first, out_channel_first = ctx.flags[:2]
-        maps = grad.unflatten(-1, ctx.size) if in_channel_first else grad.unflatten(1, ctx.size)
-        routes = _CrossScan.apply(maps, ctx.flags, ctx.impl)
-        return routes.unflatten(3, ctx.size) if out_channel_first else routes.unflatten(1, ctx.size), None, None
+    return _merge(y, *flags, resolve(CROSS_MERGE, impl, y.device, y.dtype))
 
 
 def _name(scans: str | int) -> str:
@@ -130,3 +98,71 @@ def _check(op: str, name: str, x: Tensor, n_dim: int, route_dim: int | None) -> 
         raise ValueError(f"{op}: {name} must have {n_dim} dimensions, got {tuple(x.shape)}")
     if route_dim is not None and x.shape[route_dim] != 4:
         raise ValueError(f"{op}: dimension {route_dim} of {name} holds the 4 routes, got {tuple(x.shape)}")
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+CROSS_SCAN = declare("cross_scan", __package__, FLOATING, cpu=("cpu",), triton=("cuda",), reference=None)
+CROSS_MERGE = declare("cross_merge", __package__, FLOATING, cpu=("cpu",), triton=("cuda",), reference=None)
+
+_FLAGS = "bool in_channel_first, bool out_channel_first, bool one_by_one, str scans, str impl"
+
+
+def _fake_scan(x, in_channel_first, out_channel_first, one_by_one, scans, impl):
+    if one_by_one:
+        batch = x.shape[0]
+        channels, height, width = x.shape[2:] if in_channel_first else (x.shape[4], *x.shape[1:3])
+    else:
+        batch, channels, height, width = x.shape if in_channel_first else (x.shape[0], x.shape[3], *x.shape[1:3])
+    length = height * width
+    shape = (batch, 4, channels, length) if out_channel_first else (batch, length, 4, channels)
+    return x.new_empty(shape, dtype=x.dtype)
+
+
+def _fake_merge(y, in_channel_first, out_channel_first, one_by_one, scans, impl):
+    batch = y.shape[0]
+    channels, height, width = y.shape[2:] if out_channel_first else (y.shape[4], *y.shape[1:3])
+    length, routes = height * width, (4,) if one_by_one else ()
+    shape = (batch, *routes, channels, length) if in_channel_first else (batch, length, *routes, channels)
+    return y.new_empty(shape, dtype=y.dtype)
+
+
+_SCAN = register(CROSS_SCAN, f"cross_scan(Tensor x, {_FLAGS}) -> Tensor", _fake_scan, "scan")
+_MERGE = register(CROSS_MERGE, f"cross_merge(Tensor y, {_FLAGS}) -> Tensor", _fake_merge, "merge")
+
+
+class _CrossScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *flags):
+        in_channel_first, ctx.flags = flags[0], flags
+        ctx.size = x.shape[-2:] if in_channel_first else x.shape[1:3]
+        return below_autograd(_SCAN, x, *flags)
+
+    @staticmethod
+    def backward(ctx, grad):
+        in_channel_first, out_channel_first, *_ = ctx.flags
+        merged = _merge(_as_maps(grad, 3 if out_channel_first else 1, ctx.size), *ctx.flags)
+        return _as_maps(merged, merged.dim() - 1 if in_channel_first else 1, ctx.size), *(None for _ in ctx.flags)
+
+
+class _CrossMerge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, *flags):
+        out_channel_first, ctx.flags = flags[1], flags
+        ctx.size = y.shape[-2:] if out_channel_first else y.shape[1:3]
+        return below_autograd(_MERGE, y, *flags)
+
+    @staticmethod
+    def backward(ctx, grad):
+        in_channel_first, out_channel_first, *_ = ctx.flags
+        routes = _scan(_as_maps(grad, grad.dim() - 1 if in_channel_first else 1, ctx.size), *ctx.flags)
+        return _as_maps(routes, 3 if out_channel_first else 1, ctx.size), *(None for _ in ctx.flags)
+
+
+def _as_maps(x: Tensor, dim: int, size: tuple[int, int]) -> Tensor:
+    """Dimension `dim` of x, L pixels, as H x W; `unflatten` does not work under ``is_grads_batched``."""
+    return x.reshape(*x.shape[:dim], *size, *x.shape[dim + 1 :])
+
+
+_scan = differentiate(_SCAN, _CrossScan.apply, lambda x, *flags: reference.scan(x, *flags[:-1]))
+_merge = differentiate(_MERGE, _CrossMerge.apply, lambda y, *flags: reference.merge(y, *flags[:-1]))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._library import no_autocast, resolve
-from ..ssd.api import check
-from . import ops
+from .._autograd import Differentiable
+from .._common import check_ssd, empty_gradient, state_dtype
+from .._library import SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
 
 
@@ -56,42 +55,54 @@ def nc_ssd(
 
     The order of the tokens does not matter. The state is a sum over all tokens, not a mean: it grows with the image.
     It and all sums are kept in float32 (float64 for float64 inputs), whatever autocast says. Gradients come in the
-    dtype of their input. The same call gives the same bits. First derivatives only.
+    dtype of their input. The same call gives the same bits.
+
+    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
+    is the reference's work, see `_autograd.py`.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, named.
         RuntimeError: `impl` cannot run on this device.
     """
-    check("nc_ssd", x, dt, A, B, C, D, dt_bias)
-    chosen = None if impl == "reference" else resolve(ops.NC_SSD, impl, x.device, x.dtype)
-    return _NCSSD.apply(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, out_dtype or x.dtype, chosen)
+    check_ssd("nc_ssd", x, dt, A, B, C, D, dt_bias)
+    args = (x, dt, A, B, C, D, dt_bias, dt_softplus, positive, out_dtype or x.dtype)
+    if impl == "reference":
+        return _NC_SSD.meaning(*args, impl)[0]
+    return _NC_SSD.forward(*args, resolve(NC_SSD, impl, x.device, x.dtype))[0]
 
 
-class _NCSSD(torch.autograd.Function):
-    """Autograd around the registered operators (`impl` names one) or around plain PyTorch (`impl` is None)."""
+# ---- registration ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, dt_bias, dt_softplus, positive, out_dtype, impl):
-        inputs = (x, dt, A, B, C, D, dt_bias)
-        args = (*inputs, dt_softplus, positive, out_dtype)
-        if impl is None:
-            with no_autocast(x.device.type):
-                out, state = reference.forward(*args)
-        else:
-            out, state = ops.nc_ssd_fwd(*args, impl)
-        ctx.save_for_backward(*inputs, state)
-        ctx.flags, ctx.impl = (dt_softplus, positive), impl
-        return out
+# `state` is what the backward needs besides the inputs: the sum over all tokens, (B, H, P, N), fp32 (fp64 for fp64).
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *inputs, state = ctx.saved_tensors
-        args = (dout, *inputs, state, *ctx.flags)
-        if ctx.impl is None:
-            with no_autocast(dout.device.type):
-                grads = reference.backward(*args)
-        else:
-            grads = ops.nc_ssd_bwd(*args, ctx.impl)
-        grads = (None if t is None else g for t, g in zip(inputs, grads, strict=True))
-        return *grads, None, None, None, None
+NC_SSD = declare("nc_ssd", __package__, SINGLE_AND_HALF, reference=None)
+
+
+def _fake_fwd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, out_dtype, impl):
+    batch, _, heads, head_dim = x.shape
+    state = x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=state_dtype(x.dtype))
+    return x.new_empty(x.shape, dtype=out_dtype), state
+
+
+def _fake_bwd(dout, x, dt, A, B, C, D, dt_bias, state, dt_softplus, positive, impl):
+    return tuple(empty_gradient(t, x) for t in (x, dt, A, B, C, D, dt_bias))
+
+
+nc_ssd_fwd = register(
+    NC_SSD,
+    "nc_ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
+    "bool positive, ScalarType out_dtype, str impl) -> (Tensor out, Tensor state)",
+    _fake_fwd,
+    "forward",
+)
+
+nc_ssd_bwd = register(
+    NC_SSD,
+    "nc_ssd_bwd(Tensor dout, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+    "Tensor state, bool dt_softplus, bool positive, str impl) "
+    "-> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor ddt_bias)",
+    _fake_bwd,
+    "backward",
+)
+
+_NC_SSD = Differentiable(nc_ssd_fwd, nc_ssd_bwd, reference.forward)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._interface import MAX_STATE
-from .._library import no_autocast, resolve
-from . import ops
+from .._autograd import Differentiable
+from .._common import check_beside, check_floating, empty_gradient, state_dtype
+from .._interface import CPU_CHUNK, CUDA_CHUNK, MAX_STATE
+from .._library import SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
 
 
@@ -53,7 +53,10 @@ def selective_scan(
         (B, D, L), contiguous; with `return_last_state` a pair.
 
     States, exponentials and sums are kept in float32 (float64 for float64 inputs), whatever autocast says. Gradients
-    come in the dtype of their input. The same call gives the same bits. First derivatives only.
+    come in the dtype of their input. The same call gives the same bits.
+
+    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
+    is the reference's work, see `_autograd.py`.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, named.
@@ -61,47 +64,16 @@ def selective_scan(
     """
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     _check(u, delta, A, B, C, D, delta_bias, z)
-    chosen = None if impl == "reference" else resolve(ops.SELECTIVE_SCAN, impl, u.device, u.dtype)
-    out, last_state = _SelectiveScan.apply(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype or u.dtype, chosen
-    )
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype or u.dtype)
+    if impl == "reference":
+        out, last_state, _ = _SCAN.meaning(*args, impl)
+    else:
+        out, last_state, _ = _SCAN.forward(*args, resolve(SELECTIVE_SCAN, impl, u.device, u.dtype))
     return (out, last_state) if return_last_state else out
 
 
-class _SelectiveScan(torch.autograd.Function):
-    """Autograd around the registered operators (`impl` names one) or around plain PyTorch (`impl` is None)."""
-
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, impl):
-        args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype)
-        if impl is None:
-            with no_autocast(u.device.type):
-                out, last_state, states = reference.forward(*args)
-        else:
-            out, last_state, states = ops.selective_scan_fwd(*args, impl)
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, states)
-        ctx.delta_softplus, ctx.impl = delta_softplus, impl
-        ctx.mark_non_differentiable(last_state)
-        return out, last_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, _):
-        inputs = ctx.saved_tensors
-        args = (dout, *inputs, ctx.delta_softplus)
-        if ctx.impl is None:
-            with no_autocast(dout.device.type):
-                grads = reference.backward(*args)
-        else:
-            grads = ops.selective_scan_bwd(*args, ctx.impl)
-        *inputs, _states = inputs
-        grads = (None if x is None else g for x, g in zip(inputs, grads, strict=True))
-        return *grads, None, None, None
-
-
 def _check(u, delta, A, B, C, D, delta_bias, z) -> None:
-    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"selective_scan: u is {u.dtype}; use float32, float16, bfloat16 or float64")
+    check_floating("selective_scan", "u", u)
     if u.dim() != 3 or u.shape[2] == 0:
         raise ValueError(f"selective_scan: u must be (B, D, L) with L > 0, got {tuple(u.shape)}")
     if A.dim() != 2:
@@ -118,25 +90,68 @@ def _check(u, delta, A, B, C, D, delta_bias, z) -> None:
     for name, part in (("G, the groups of B", groups), ("Dd, the channels of delta", delta_dim)):
         if part == 0 or dim % part:
             raise ValueError(f"selective_scan: {name}, is {part}, which does not divide the {dim} channels of u")
-    maps = {
-        "B": (B, (batch, groups, n_state, length)),
-        "C": (C, (batch, groups, n_state, length)),
-        "z": (z, (batch, dim, length)),
+    own, wide = (u.dtype,), (state_dtype(u.dtype),)
+    others = {
+        "delta": (delta, [(batch, delta_dim, length)], own + wide),
+        "B": (B, [(batch, groups, n_state, length)], own),
+        "C": (C, [(batch, groups, n_state, length)], own),
+        "z": (z, [(batch, dim, length)], own),
+        "A": (A, [(dim, n_state)], wide),
+        "D": (D, [(dim,)], wide),
+        "delta_bias": (delta_bias, [(delta_dim,)], wide),
     }
-    parameters = {"A": (A, (dim, n_state)), "D": (D, (dim,)), "delta_bias": (delta_bias, (delta_dim,))}
-    own, wide = u.dtype, ops.state_dtype(u.dtype)
-    either = dict.fromkeys((own, wide))
-    step_sizes = {"delta": (delta, (batch, delta_dim, length))}
-    for legal, tensors in ((either, step_sizes), ((own,), maps), ((wide,), parameters)):
-        for name, (x, shape) in tensors.items():
-            if x is None:
-                continue
-            if x.shape != shape:
-                raise ValueError(
-                    f"selective_scan: {name} must be {tuple(shape)} for u {tuple(u.shape)}, got {tuple(x.shape)}"
-                )
-            if x.dtype not in legal:
-                expected = " or ".join(map(str, legal))
-                raise TypeError(f"selective_scan: {name} must be {expected} beside u in {u.dtype}, got {x.dtype}")
-            if x.device != u.device:
-                raise ValueError(f"selective_scan: {name} is on {x.device}, u is on {u.device}")
+    check_beside("selective_scan", "u", u, others)
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+# `states` is what the backward needs besides the inputs: the fp32 (fp64 for fp64) state before every chunk of
+# `STATE_CHUNK[impl]` tokens and after the last, (S + 1, B, G, N, D/G) with S = ceil(L / chunk). The states in between
+# are recomputed. (With the last one a compiler need not tell one chunk from several, as size 1 is special to it.)
+
+SELECTIVE_SCAN = declare(
+    "selective_scan",
+    __package__,
+    SINGLE_AND_HALF,
+    cuda=("cuda",),
+    cpu=("cpu",),
+    triton=("cuda",),
+    reference=None,
+)
+
+STATE_CHUNK = {"cuda": CUDA_CHUNK, "cpu": CPU_CHUNK, "triton": 128, "reference": reference.STATE_CHUNK}
+"""Tokens between two saved states, by implementation."""
+
+
+def _fake_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, impl):
+    (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]
+    n_chunks = (length + STATE_CHUNK[impl] - 1) // STATE_CHUNK[impl]
+    out = u.new_empty((batch, dim, length), dtype=out_dtype)
+    last = u.new_empty((batch, dim, n_state), dtype=state_dtype(u.dtype))
+    states = u.new_empty((n_chunks + 1, batch, groups, n_state, dim // groups), dtype=state_dtype(u.dtype))
+    return out, last, states
+
+
+def _fake_bwd(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, impl):
+    return tuple(empty_gradient(t, u) for t in (u, delta, A, B, C, D, z, delta_bias))
+
+
+selective_scan_fwd = register(
+    SELECTIVE_SCAN,
+    "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, bool delta_softplus, ScalarType out_dtype, str impl) "
+    "-> (Tensor out, Tensor last_state, Tensor states)",
+    _fake_fwd,
+    "forward",
+)
+
+selective_scan_bwd = register(
+    SELECTIVE_SCAN,
+    "selective_scan_bwd(Tensor dout, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? delta_bias, Tensor states, bool delta_softplus, str impl) "
+    "-> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias)",
+    _fake_bwd,
+    "backward",
+)
+
+_SCAN = Differentiable(selective_scan_fwd, selective_scan_bwd, reference.forward)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._library import resolve
-from ..cross_scan import SCANS
-from ..selective_scan.api import MAX_STATE
-from ..selective_scan.ops import state_dtype
-from . import ops
+from .. import _image_scan
+from .._autograd import Differentiable
+from .._common import MAX_RANK, SCANS, check_beside, check_floating, empty_gradient, state_dtype
+from .._interface import MAX_STATE
+from .._library import SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
-
-MAX_RANK = 256
 
 
 def ss2d_scan(
@@ -52,40 +49,27 @@ def ss2d_scan(
         (B, D, H, W), channels-last in memory where x is, else contiguous.
 
     States, exponentials and sums are kept in float32 (float64). Gradients come in the dtype of their input. The same
-    call gives the same bits. First derivatives only.
+    call gives the same bits.
+
+    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
+    is the reference's work, see `_autograd.py`.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, named.
         RuntimeError: `impl` cannot run on this device.
     """
     _check(x, proj, dt_weight, A, D, dt_bias, scans)
-    chosen = impl if impl == "reference" else resolve(ops.SS2D_SCAN, impl, x.device, x.dtype)
+    chosen = impl if impl == "reference" else resolve(SS2D_SCAN, impl, x.device, x.dtype)
     out_dtype = out_dtype or x.dtype
     if chosen == "reference":
         return reference.composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl)
-    return _Ss2dScan.apply(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, chosen)
-
-
-class _Ss2dScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl):
-        out, states = ops.ss2d_scan_fwd(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl)
-        ctx.save_for_backward(x, proj, dt_weight, A, D, dt_bias, states)
-        ctx.scans, ctx.impl = scans, impl
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        grads = ops.ss2d_scan_bwd(dout, *ctx.saved_tensors, ctx.scans, ctx.impl)
-        return *grads, None, None, None
+    return _SCAN.forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, chosen)[0]
 
 
 def _check(x, proj, dt_weight, A, D, dt_bias, scans) -> None:
     if scans not in SCANS:
         raise ValueError(f"ss2d_scan: scans={scans!r} is not one of {', '.join(SCANS)}")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"ss2d_scan: x is {x.dtype}; use float32, float16, bfloat16 or float64")
+    check_floating("ss2d_scan", "x", x)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"ss2d_scan: x must be (B, D, H, W) with at least one pixel, got {tuple(x.shape)}")
     if A.dim() != 2 or not 1 <= A.shape[1] <= MAX_STATE:
@@ -93,21 +77,55 @@ def _check(x, proj, dt_weight, A, D, dt_bias, scans) -> None:
     if dt_weight.dim() != 3 or not 1 <= dt_weight.shape[2] <= MAX_RANK:
         raise ValueError(f"ss2d_scan: dt_weight must be (4, D, R), 1 <= R <= {MAX_RANK}, got {tuple(dt_weight.shape)}")
     (batch, dim, height, width), n_state, rank = x.shape, A.shape[1], dt_weight.shape[2]
-    maps = {"proj": (proj, (batch, height, width, 4 * (rank + 2 * n_state)))}
-    parameters = {
-        "dt_weight": (dt_weight, (4, dim, rank)),
-        "A": (A, (4 * dim, n_state)),
-        "D": (D, (4 * dim,)),
-        "dt_bias": (dt_bias, (4 * dim,)),
+    own, wide = (x.dtype,), (state_dtype(x.dtype),)
+    others = {
+        "proj": (proj, [(batch, height, width, 4 * (rank + 2 * n_state))], own),
+        "dt_weight": (dt_weight, [(4, dim, rank)], wide),
+        "A": (A, [(4 * dim, n_state)], wide),
+        "D": (D, [(4 * dim,)], wide),
+        "dt_bias": (dt_bias, [(4 * dim,)], wide),
     }
-    for expected, tensors in ((x.dtype, maps), (state_dtype(x.dtype), parameters)):
-        for name, (given, shape) in tensors.items():
-            if given.shape != shape:
-                raise ValueError(
-                    f"ss2d_scan: {name} must be {tuple(shape)} for x {tuple(x.shape)}, R {rank}, N {n_state}, "
-                    f"got {tuple(given.shape)}"
-                )
-            if given.dtype != expected:
-                raise TypeError(f"ss2d_scan: {name} must be {expected} beside x in {x.dtype}, got {given.dtype}")
-            if given.device != x.device:
-                raise ValueError(f"ss2d_scan: {name} is on {given.device}, x is on {x.device}")
+    check_beside("ss2d_scan", "x", x, others, f", R {rank}, N {n_state}")
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+# `states` is what the backward needs besides the inputs: the float32 state before every chunk of `STATE_CHUNK[impl]`
+# pixels of a route, (S + 1, B, K, N, D) with S = ceil(H*W / chunk); the last entry is not read.
+# Out and dx have the strides of x if it is dense. "reference" is a composition of other operators, without these two.
+
+SS2D_SCAN = declare("ss2d_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None)
+
+STATE_CHUNK = {"cpu": _image_scan.STATE_CHUNK, "triton": 64}
+"""Pixels of a route between two saved states, by implementation."""
+
+
+def _fake_fwd(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl):
+    batch, dim, height, width = x.shape
+    n_chunks = (height * width + STATE_CHUNK[impl] - 1) // STATE_CHUNK[impl]
+    states = x.new_empty((n_chunks + 1, batch, 4, A.shape[1], dim), dtype=torch.float32)
+    return torch.empty_like(x, dtype=out_dtype), states
+
+
+def _fake_bwd(dout, x, proj, dt_weight, A, D, dt_bias, states, scans, impl):
+    return torch.empty_like(x), *(empty_gradient(t, x) for t in (proj, dt_weight, A, D, dt_bias))
+
+
+ss2d_scan_fwd = register(
+    SS2D_SCAN,
+    "ss2d_scan_fwd(Tensor x, Tensor proj, Tensor dt_weight, Tensor A, Tensor D, Tensor dt_bias, str scans, "
+    "ScalarType out_dtype, str impl) -> (Tensor out, Tensor states)",
+    _fake_fwd,
+    "forward",
+)
+
+ss2d_scan_bwd = register(
+    SS2D_SCAN,
+    "ss2d_scan_bwd(Tensor dout, Tensor x, Tensor proj, Tensor dt_weight, Tensor A, Tensor D, Tensor dt_bias, "
+    "Tensor states, str scans, str impl) "
+    "-> (Tensor dx, Tensor dproj, Tensor ddt_weight, Tensor dA, Tensor dD, Tensor ddt_bias)",
+    _fake_bwd,
+    "backward",
+)
+
+_SCAN = Differentiable(ss2d_scan_fwd, ss2d_scan_bwd, reference.forward)

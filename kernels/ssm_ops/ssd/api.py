@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .._autograd import Differentiable
+from .._common import check_ssd, empty_gradient, state_dtype
 from .._interface import MAX_STATE
-from .._library import no_autocast, resolve
-from ..selective_scan.ops import state_dtype
-from . import ops
+from .._library import SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
 
 
@@ -58,13 +57,16 @@ def ssd_chunk_scan(
         (B, L, H, P), contiguous; with `return_final_states` a pair.
 
     States, exponentials and sums are kept in float32 (float64 for float64 inputs), whatever autocast says. Gradients
-    come in the dtype of their input. The same call gives the same bits. First derivatives only.
+    come in the dtype of their input. The same call gives the same bits.
+
+    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
+    is the reference's work, see `_autograd.py`.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, named.
         RuntimeError: `impl` cannot run on this device.
     """
-    check("ssd_chunk_scan", x, dt, A, B, C, D, dt_bias, initial_states)
+    check_ssd("ssd_chunk_scan", x, dt, A, B, C, D, dt_bias, initial_states)
     if B.shape[3] > MAX_STATE:
         raise ValueError(
             f"ssd_chunk_scan: the state size N is {B.shape[3]} (B is {tuple(B.shape)}); legal: 1 to {MAX_STATE}"
@@ -73,75 +75,51 @@ def ssd_chunk_scan(
         raise TypeError(f"ssd_chunk_scan: chunk_size must be an int, got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"ssd_chunk_scan: chunk_size is {chunk_size}; legal: 1 or more")
-    chosen = None if impl == "reference" else resolve(ops.SSD_CHUNK_SCAN, impl, x.device, x.dtype)
-    out, final_states = _SSDChunkScan.apply(
-        x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, chunk_size, out_dtype or x.dtype, chosen
-    )
+    args = (x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, chunk_size, out_dtype or x.dtype)
+    if impl == "reference":
+        out, final_states, _ = _SSD.meaning(*args, impl)
+    else:
+        out, final_states, _ = _SSD.forward(*args, resolve(SSD_CHUNK_SCAN, impl, x.device, x.dtype))
     return (out, final_states) if return_final_states else out
 
 
-class _SSDChunkScan(torch.autograd.Function):
-    """Autograd around the registered operators (`impl` names one) or around plain PyTorch (`impl` is None)."""
+# ---- registration ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, chunk_size, out_dtype, impl):
-        inputs = (x, dt, A, B, C, D, dt_bias)
-        args = (*inputs, initial_states, dt_softplus, chunk_size, out_dtype)
-        if impl is None:
-            with no_autocast(x.device.type):
-                out, final_states, states = reference.forward(*args)
-        else:
-            out, final_states, states = ops.ssd_chunk_scan_fwd(*args, impl)
-        ctx.save_for_backward(*inputs, states)
-        ctx.flags, ctx.impl, ctx.starts_from_zero = (dt_softplus, chunk_size), impl, initial_states is None
-        return out, final_states
+# `states` is what the backward needs besides the inputs: the fp32 (fp64 for fp64) state before every chunk of
+# `chunk_size` tokens and after the last, (S + 1, B, H, P, N) with S = ceil(L / chunk_size).
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dfinal_states):
-        *inputs, states = ctx.saved_tensors
-        args = (dout, dfinal_states, *inputs, states, *ctx.flags)
-        if ctx.impl is None:
-            with no_autocast(dout.device.type):
-                *grads, d_initial = reference.backward(*args)
-        else:
-            *grads, d_initial = ops.ssd_chunk_scan_bwd(*args, ctx.impl)
-        grads = (None if t is None else g for t, g in zip(inputs, grads, strict=True))
-        return *grads, None if ctx.starts_from_zero else d_initial, None, None, None, None
+SSD_CHUNK_SCAN = declare("ssd_chunk_scan", __package__, SINGLE_AND_HALF, triton=("cuda",), reference=None)
 
 
-def check(op: str, x, dt, A, B, C, D, dt_bias, initial_states=None) -> None:
-    """Shapes, dtypes and devices of the arguments that all SSD operators share; `op` is named in the errors."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: x is {x.dtype}; use float32, float16, bfloat16 or float64")
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{op}: x must be (B, L, H, P) with L, H, P > 0, got {tuple(x.shape)}")
-    if B.dim() != 4:
-        raise ValueError(f"{op}: B must be (B, L, G, N), got {tuple(B.shape)}")
-    (batch, length, heads, head_dim), (groups, n_state) = x.shape, B.shape[2:]
-    if groups == 0 or heads % groups:
-        raise ValueError(f"{op}: G, the groups of B, is {groups}, which does not divide the {heads} heads of x")
-    if n_state == 0:
-        raise ValueError(f"{op}: the state size N is 0 (B is {tuple(B.shape)}); legal: 1 or more")
+def _fake_fwd(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, chunk_size, out_dtype, impl):
+    (batch, length, heads, head_dim), n_state = x.shape, B.shape[3]
+    n_chunks = (length + chunk_size - 1) // chunk_size
+    out = x.new_empty(x.shape, dtype=out_dtype)
+    final = x.new_empty((batch, heads, head_dim, n_state), dtype=state_dtype(x.dtype))
+    return out, final, x.new_empty((n_chunks + 1, *final.shape), dtype=final.dtype)
 
-    own, wide = x.dtype, state_dtype(x.dtype)
-    expected = {
-        "dt": (dt, [(batch, length, heads)], (own, wide)),
-        "A": (A, [(heads,)], (wide,)),
-        "B": (B, [(batch, length, groups, n_state)], (own,)),
-        "C": (C, [(batch, length, groups, n_state)], (own,)),
-        "D": (D, [(heads,), (heads, head_dim)], (wide,)),
-        "dt_bias": (dt_bias, [(heads,)], (wide,)),
-        "initial_states": (initial_states, [(batch, heads, head_dim, n_state)], (wide,)),
-    }
-    for name, (t, shapes, dtypes) in expected.items():
-        if t is None:
-            continue
-        if t.shape not in shapes:
-            legal = " or ".join(str(tuple(shape)) for shape in shapes)
-            raise ValueError(f"{op}: {name} must be {legal} for x {tuple(x.shape)}, got {tuple(t.shape)}")
-        if t.dtype not in dtypes:
-            legal = " or ".join(map(str, dict.fromkeys(dtypes)))
-            raise TypeError(f"{op}: {name} must be {legal} beside x in {x.dtype}, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, x is on {x.device}")
+
+def _fake_bwd(dout, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, states, dt_softplus, chunk_size, impl):
+    return tuple(empty_gradient(t, x) for t in (x, dt, A, B, C, D, dt_bias, initial_states))
+
+
+ssd_chunk_scan_fwd = register(
+    SSD_CHUNK_SCAN,
+    "ssd_chunk_scan_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
+    "Tensor? initial_states, bool dt_softplus, SymInt chunk_size, ScalarType out_dtype, str impl) "
+    "-> (Tensor out, Tensor final_states, Tensor states)",
+    _fake_fwd,
+    "forward",
+)
+
+ssd_chunk_scan_bwd = register(
+    SSD_CHUNK_SCAN,
+    "ssd_chunk_scan_bwd(Tensor dout, Tensor dfinal_states, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+    "Tensor? D, Tensor? dt_bias, Tensor? initial_states, Tensor states, bool dt_softplus, SymInt chunk_size, str impl) "
+    "-> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor ddt_bias, "
+    "Tensor dinitial_states)",
+    _fake_bwd,
+    "backward",
+)
+
+_SSD = Differentiable(ssd_chunk_scan_fwd, ssd_chunk_scan_bwd, reference.forward)

@@ -27,7 +27,7 @@ def _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias) -> ImageScan:
 
 
 def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype) -> tuple[Tensor, Tensor]:
-    """(out, states); shapes in ops.py."""
+    """(out, states); shapes in api.py."""
     y, states = _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias).forward()
     return y.to(out_dtype).contiguous(), states
 

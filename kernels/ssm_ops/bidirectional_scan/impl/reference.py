@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._common import state_dtype
 from ..._library import no_autocast
 from ...selective_scan import selective_scan
-from ...selective_scan.ops import state_dtype
 
 
 def composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl) -> Tensor:
@@ -32,3 +32,9 @@ def composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype
     )
     there, back = y.chunk(2, dim=1)
     return (there + back.flip(2)).mT.to(out_dtype).contiguous()
+
+
+def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype) -> tuple[Tensor, Tensor]:
+    """(out, states) in plain PyTorch, for derivatives; it has no states."""
+    out = composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, "reference")
+    return out, x_forward.new_empty(0)

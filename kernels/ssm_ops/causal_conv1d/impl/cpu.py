@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._interface import Buffer, ConvArguments, Map
 from ..._native import call
-from ..ops import is_channels_last, result_like
+from ..api import is_channels_last, result_like
 
 
 def _run(direction: str, x, weight, bias, silu: bool, reverse: bool, dout=None, **results: Tensor) -> None:

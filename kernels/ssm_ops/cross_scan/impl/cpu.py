@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._common import route_bits
 from ..._interface import CrossArguments, dtype_code
 from ..._native import call
-
-# bit k of the first number: does route k walk the columns? of the second: does it walk backwards?
-ROUTES = {"cross2d": (0b1010, 0b1100), "unidi": (0, 0), "bidi": (0, 0b1100)}
 
 
 def scan(x, in_channel_first: bool, out_channel_first: bool, one_by_one: bool, scans: str) -> Tensor:
@@ -73,7 +71,7 @@ def _run(function: str, x: Tensor, y: Tensor, one_by_one: bool, scans: str) -> N
     """x (B, K, C, H, W) and y (B, 4, C, L), each with contiguous channels or pixels."""
     if x.numel() == 0:
         return
-    columns, backwards = ROUTES[scans]
+    columns, backwards = route_bits(scans)
     map_batch, map_route, *map_stride = _strides(x)
     arguments = CrossArguments(
         map=x.data_ptr(),

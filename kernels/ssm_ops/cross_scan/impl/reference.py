@@ -9,22 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A route is (walk the columns?, walk backwards?).
-ROUTES = {
-    "cross2d": ((False, False), (True, False), (False, True), (True, True)),
-    "unidi": ((False, False),) * 4,
-    "bidi": ((False, False), (False, False), (False, True), (False, True)),
-}
-
-
-def _walk(x: Tensor, columns: bool, backwards: bool) -> Tensor:
-    """(B, C, H, W) -> (B, C, L) in the order of the route."""
-    sequence = (x.transpose(2, 3) if columns else x).flatten(2)
-    return sequence.flip(2) if backwards else sequence
+from ..._common import ROUTES, walk
 
 
 def _unwalk(y: Tensor, size: tuple[int, int], columns: bool, backwards: bool) -> Tensor:
-    """(B, C, L) in the order of the route -> (B, C, L) in row-major order: the inverse of `_walk`."""
+    """(B, C, L) in the order of the route -> (B, C, L) in row-major order: the inverse of `walk`."""
     y = y.flip(2) if backwards else y
     return y.unflatten(2, (size[1], size[0])).transpose(2, 3).flatten(2) if columns else y
 
@@ -34,7 +23,7 @@ def scan(x, in_channel_first: bool, out_channel_first: bool, one_by_one: bool, s
     if not in_channel_first:
         x = x.permute(0, 3, 4, 1, 2) if one_by_one else x.permute(0, 3, 1, 2)
     maps = x.unbind(1) if one_by_one else [x] * 4
-    routes = torch.stack([_walk(m, *route) for m, route in zip(maps, ROUTES[scans], strict=True)], 1)
+    routes = torch.stack([walk(m, *route) for m, route in zip(maps, ROUTES[scans], strict=True)], 1)
     return routes if out_channel_first else routes.permute(0, 3, 1, 2).contiguous()
 
 

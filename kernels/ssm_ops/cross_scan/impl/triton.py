@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# bit k of the first number: does route k walk the columns? of the second: does it walk backwards?
-ROUTES = {"cross2d": (0b1010, 0b1100), "unidi": (0, 0), "bidi": (0, 0b1100)}
-
+from ..._common import route_bits
 
 # ---- one tile -------------------------------------------------------------------------------------------------------
 
@@ -258,7 +256,7 @@ def _launch(kernel, x: Tensor, y: Tensor, one_by_one: bool, scans: str) -> None:
     """x (B, K, C, H, W) and y (B, 4, C, L), each with contiguous channels or pixels."""
     batch, _, channels, height, width = x.shape
     x_last, y_last = _channels_last(x), _channels_last(y.unsqueeze(3))
-    columns, backwards = ROUTES[scans]
+    columns, backwards = route_bits(scans)
     block = _blocks(channels, height, width, x_last, y_last)
     n_programs = batch * math.prod(triton.cdiv(n, b) for n, b in zip(x.shape[2:], block, strict=True))
     widest = 16 // x.element_size()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...selective_scan.ops import state_dtype
+from ..._common import state_dtype
 
 
 def _from_groups(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..._interface import BLOCK, Buffer, Map, ScanArguments, StateMap
 from ..._native import call
-from ..ops import STATE_CHUNK
+from ..api import STATE_CHUNK
 
 # blocks of channels that may sum dB and dC side by side; fixed, so that results do not depend on the threads
 _MIN_TASKS = 16

@@ -23,7 +23,7 @@ from ..._interface import (
     CudaStateMap,
 )
 from ..._native import call
-from ..ops import STATE_CHUNK
+from ..api import STATE_CHUNK
 
 
 def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import STATE_CHUNK, state_dtype
+from ..._common import state_dtype
+
+STATE_CHUNK = 256
+"""Tokens of a chunk, between two saved states."""
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # the former came with torch 2.7
 
 
 def linear_recurrence(decay: Tensor, x: Tensor, h0: Tensor) -> Tensor:
-    """h_t = exp(decay_t) h_{t-1} + x_t for t = 0..T-1 along dim 0, from h_{-1} = h0; overwrites x, which becomes h.
+    """h_t = exp(decay_t) h_{t-1} + x_t for t = 0..T-1 along dim 0, from h_{-1} = h0.
 
     decay, x: (T, *), h0: (*).
     """
@@ -35,18 +38,18 @@ def linear_recurrence(decay: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     if segments * steps > length:
         pad = (0, 0) * (x.dim() - 1) + (0, segments * steps - length)
         decay, x = F.pad(decay, pad), F.pad(x, pad)
-    decay, h = decay.unflatten(0, (segments, steps)), x.unflatten(0, (segments, steps))  # (P, S, *)
+    decay, x = decay.unflatten(0, (segments, steps)), x.unflatten(0, (segments, steps))  # (P, S, *)
 
-    factor = decay.exp()
-    for s in range(1, steps):
-        h[:, s].addcmul_(factor[:, s], h[:, s - 1])
+    h = list(x.unbind(1))
+    for s, factor in enumerate(decay.exp().unbind(1)):
+        if s > 0:
+            h[s] = torch.addcmul(h[s], factor, h[s - 1])
 
-    since_start = decay.cumsum(1).exp_()  # decay from the segment's start to each token
-    carry = h0
-    for p in range(segments):
-        h[p].addcmul_(since_start[p], carry)
-        carry = h[p, -1]
-    return h.flatten(0, 1)[:length]
+    since_start = decay.cumsum(1).exp()  # decay from the segment's start to each token
+    h = list(torch.stack(h, 1).unbind(0))
+    for p, factor in enumerate(since_start.unbind(0)):
+        h[p] = torch.addcmul(h[p], factor, h0 if p == 0 else h[p - 1][-1])
+    return torch.cat(h)[:length]
 
 
 def _recurrence_by_doubling(factor: Tensor, x: Tensor, h0: Tensor) -> Tensor:
@@ -88,7 +91,7 @@ class _Chunks:
         self.delta_bias, self.delta_softplus = delta_bias, delta_softplus
 
     def slices(self) -> list[slice]:
-        chunk = self.length if _is_exporting() else STATE_CHUNK["reference"]
+        chunk = self.length if _is_exporting() else STATE_CHUNK
         return [slice(t, min(t + chunk, self.length)) for t in range(0, self.length, chunk)]
 
     def per_channel(self, x: Tensor, where: slice) -> Tensor:
@@ -168,7 +171,7 @@ def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) 
         raw = c.raw_delta(where)
         dt = c.step_size(raw)
         decay, x = dt * c.A, dt * ut * Bt
-        h = linear_recurrence(decay, x.clone(), states[index])
+        h = linear_recurrence(decay, x, states[index])
 
         dy = c.per_channel(dout, where)
         if z is not None:

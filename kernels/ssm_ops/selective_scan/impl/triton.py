@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._triton import LOG2E, join_runs, split_runs, step_size
-from ..ops import STATE_CHUNK
+from ..api import STATE_CHUNK
 
 # ---- scans of one tile ----------------------------------------------------------------------------------------------
 

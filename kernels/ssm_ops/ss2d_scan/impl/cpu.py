@@ -7,15 +7,15 @@ import functools
 import torch
 from torch import Tensor
 
+from ..._common import ROUTES, walk
 from ..._image_scan import ImageScan
-from ...cross_scan import cross_scan
 
 
 @functools.lru_cache(maxsize=32)
 def _orders(height: int, width: int, scans: str) -> Tensor:
     """(K, L) int32: the pixel at every place of every route."""
     image = torch.arange(height * width, dtype=torch.int32, device="cpu").view(1, 1, height, width)
-    return cross_scan(image, scans=scans, impl="reference")[0, :, 0].contiguous()
+    return torch.cat([walk(image, *route)[0] for route in ROUTES[scans]])
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _scan(x, proj, dt_weight, A, D, dt_bias, scans) -> ImageScan:
 
 
 def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor, Tensor]:
-    """(out, states); shapes in ops.py."""
+    """(out, states); shapes in api.py."""
     y, states = _scan(x, proj, dt_weight, A, D, dt_bias, scans).forward()
     return _like(y.to(out_dtype), x), states
 

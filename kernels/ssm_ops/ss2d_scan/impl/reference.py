@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ..._common import state_dtype
 from ..._library import no_autocast
 from ...cross_scan import cross_merge, cross_scan
 from ...selective_scan import selective_scan
-from ...selective_scan.ops import state_dtype
 
 
 def composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl) -> Tensor:
@@ -32,9 +31,14 @@ def composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl) -> Te
         impl=impl,
     )
     y = y.unflatten(1, (4, -1)).unflatten(3, x.shape[2:])
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if x.permute(0, 2, 3, 1).is_contiguous() and not x.is_contiguous():  # `vmap` knows no other memory format
         y = cross_merge(y, in_channel_first=False, scans=scans, impl=impl)  # (B, L, D)
         y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
     else:
         y = cross_merge(y, scans=scans, impl=impl).unflatten(2, x.shape[2:])
     return y.to(out_dtype)
+
+
+def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor, Tensor]:
+    """(out, states) in plain PyTorch, for derivatives; it has no states."""
+    return composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, "reference"), x.new_empty(0)

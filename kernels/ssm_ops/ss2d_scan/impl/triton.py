@@ -30,11 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import STATE_CHUNK
+from ..._common import route_bits
+from ..api import STATE_CHUNK
 from .triton_kernels import pixels_kernel, ss2d_scan_bwd_kernel, ss2d_scan_fwd_kernel
-
-# bit k of the first number: does route k walk the columns? of the second: does it walk backwards?
-ROUTES = {"cross2d": (0b1010, 0b1100), "unidi": (0, 0), "bidi": (0, 0b1100)}
 
 REGISTERS = {"forward": 168, "backward": 255}
 """Of a thread. 168 are three programs of four warps on a multiprocessor."""
@@ -47,7 +45,7 @@ TOKENS_OF_RUN = {"forward": 4, "backward": 3, "interpreter": 2}
 
 
 def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor, Tensor]:
-    """(out, states); shapes in ops.py."""
+    """(out, states); shapes in api.py."""
     maps = _channels_last(x), proj.contiguous()
     parameters = [p.contiguous() for p in (dt_weight, A, D, dt_bias)]
     ways, grid, blocks = _plan(x, dt_weight.shape[2], A.shape[1], "forward")
@@ -93,7 +91,7 @@ def _pixels(x: Tensor, scans: str) -> Tensor:
     n_tiles = triton.cdiv(height * width, tile)
     pixels = torch.empty((4, n_tiles * tile), dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        pixels_kernel[(4, n_tiles)](pixels, height, width, n_tiles * tile, *ROUTES[scans], BT=tile, num_warps=1)
+        pixels_kernel[(4, n_tiles)](pixels, height, width, n_tiles * tile, *route_bits(scans), BT=tile, num_warps=1)
     return pixels
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...selective_scan.ops import state_dtype
+from ..._common import state_dtype
 
 
 def decays(a: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def forward(
 
 
 def backward(
-    dout, dfinal_states, x, dt, A, B, C, D, dt_bias, states, dt_softplus: bool, chunk_size: int
+    dout, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, states, dt_softplus: bool, chunk_size: int
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, dt, A, B, C, D, dt_bias, initial states); absent ones as tensors without elements.
 
@@ -146,7 +146,7 @@ def backward(
     for parts in (dx, d_raw, dB, dC):
         parts.reverse()
     d_dt = _joined(d_raw, c.dtype)
-    absent = [x.new_empty(0) for _ in range(2)]  # two, for the outputs of an operator may not share memory
+    absent = [x.new_empty(0) for _ in range(3)]  # three, for the outputs of an operator may not share memory
     return (
         _joined(dx, x.dtype),
         d_dt.to(dt.dtype),
@@ -155,5 +155,5 @@ def backward(
         _joined(dC, C.dtype),
         absent[0] if D is None else (dD if D.dim() == 2 else dD.sum(2)).reshape(D.shape),
         absent[1] if dt_bias is None else d_dt.sum((0, 1)),
-        d_state.flatten(1, 2).contiguous(),
+        absent[2] if initial_states is None else d_state.flatten(1, 2).contiguous(),
     )

@@ -60,7 +60,7 @@ def forward(
 
 
 def backward(
-    dout, dfinal_states, x, dt, A, B, C, D, dt_bias, states, dt_softplus: bool, chunk_size: int
+    dout, dfinal_states, x, dt, A, B, C, D, dt_bias, initial_states, states, dt_softplus: bool, chunk_size: int
 ) -> tuple[Tensor, ...]:
     """Gradients of (x, dt, A, B, C, D, dt_bias, initial states); absent ones as tensors without elements."""
     x, B, C, dout = _last_contiguous(x), _last_contiguous(B), _last_contiguous(C), dout.contiguous()
@@ -91,7 +91,7 @@ def backward(
         ssd_projection_grad_kernel[batch * n_tiles * B.shape[2], grid[1]](
             *(dout, x, steps, B, C, states, d_states, dB, dC), *strides, **vectors, **constants
         )
-    absent = [x.new_empty(0) for _ in range(2)]  # two, for the outputs of an operator may not share memory
+    absent = [x.new_empty(0) for _ in range(3)]  # three, for the outputs of an operator may not share memory
     if D is not None:
         dD = dD.sum((0, 1)) if D.dim() == 2 else dD.sum((0, 1, 3))
     return (
@@ -102,7 +102,7 @@ def backward(
         dC,
         absent[0] if D is None else dD,
         absent[1] if dt_bias is None else d_dt.sum((0, 1)),
-        d_states[0].clone(),
+        absent[2] if initial_states is None else d_states[0].clone(),
     )
 
 
