@@ -21,9 +21,9 @@ from yacs.config import CfgNode as CN
 
 from ssm_models import CheckpointError
 from ssm_models import read_checkpoint as read_weights
+from ssm_train.common.decode import UNREADABLE, decode_image
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import parse_config
-from ssm_train.data.sources.decode import UNREADABLE, decode_image
 from ssm_train.data.transforms import Transform, eval_transform
 from ssm_train.record.checkpoint import META, read_checkpoint
 from ssm_train.step.model import check_model_name, load_pretrained

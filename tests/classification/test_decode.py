@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ssm_train.data.sources.decode import UNREADABLE, decode_image
+from ssm_train.common.decode import UNREADABLE, decode_image
 from tests.classification.formats import encoded
 
 

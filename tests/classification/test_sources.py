@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+from ssm_train.common.decode import decode_image
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import load_config
 from ssm_train.data.build import check_same_classes, eval_loader, scan_split, train_loader
 from ssm_train.data.dataset import BadImage, TrainImages, load_image
 from ssm_train.data.sources import FORMATS, cached
-from ssm_train.data.sources.decode import decode_image
 from ssm_train.data.transforms import train_transform
 from tests.classification.formats import (
     SPLITS,

@@ -34,10 +34,9 @@ def build_model(cfg: CN) -> nn.Module:
     """
     name = cfg.MODEL.NAME
     check_model_name(name, "MODEL.NAME")
+    classes = {} if cfg.MODEL.NUM_CLASSES is None else {"num_classes": cfg.MODEL.NUM_CLASSES}
     try:
-        model = timm.create_model(
-            name, num_classes=cfg.MODEL.NUM_CLASSES, drop_path_rate=cfg.MODEL.DROP_PATH_RATE, **cfg.MODEL.KWARGS
-        )
+        model = timm.create_model(name, drop_path_rate=cfg.MODEL.DROP_PATH_RATE, **classes, **cfg.MODEL.KWARGS)
     except (TypeError, ValueError) as error:
         if "drop_path_rate" in str(error):
             raise UserError(f"model {name} has no paths to drop: it cannot be trained here ({error})") from error
