@@ -8,7 +8,7 @@
 | MMEngine scalars | `vis_data/scalars.json` of MMEngine | epochs, or iterations where training counts these |
 | OpenMMLab text | `.log` of MMEngine and of its predecessor MMCV | the same |
 
-Curves have the names of `ssm_train.record.report`: "train/loss", "epoch/train_loss" (mean of an epoch, at its middle),
+Curves have the names of `ssm_train.record.curves`: "train/loss", "epoch/train_loss" (mean of an epoch, at its middle),
 "train/lr", "val/top1", "val/ema_top1" in percent, ...; of OpenMMLab, "train/" or "val/" and OpenMMLab's own name, in
 its own unit ("val/coco/bbox_mAP" is a share, "val/mIoU" percent).
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssm_train.common.errors import UserError
-from ssm_train.record.report import Series, curves
+from ssm_train.record.curves import Series, curves
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf)"
 

@@ -37,7 +37,7 @@ from ssm_train.record.results import description, evaluation_metrics, summary, w
 from ssm_train.settle import as_before, with_classes, with_machine, with_own_classes
 from ssm_train.start import prepare
 from ssm_train.step.evaluate import validate
-from ssm_train.step.model import build_model, load_pretrained
+from ssm_train.step.model import build_model, start_from
 from ssm_train.step.parallel import load_whole
 from ssm_train.step.speed import inference_speed, training_speed
 from ssm_train.trainer import train
@@ -197,7 +197,7 @@ def evaluate(
     network = world.together(lambda: build_model(cfg))
     models, weights_of = {"model": network}, str(args.pretrained)
     if checkpoint is None:
-        _log.info("weights from %s", world.together(lambda: load_pretrained(network, Path(args.pretrained))))
+        _log.info("weights from %s", world.together(lambda: start_from(network, cfg, Path(args.pretrained))))
     else:
         weights_of = str(checkpoint.folder)
         world.together(lambda: load_whole(network, checkpoint.weights(MODEL, network)))

@@ -16,7 +16,7 @@ from ssm_train.record.checkpoint import Checkpoint, Position
 from ssm_train.step.ema import Average
 from ssm_train.step.engine import Training
 from ssm_train.step.losses import build_criterion
-from ssm_train.step.model import build_model, count_parameters, freeze, load_pretrained
+from ssm_train.step.model import build_model, count_parameters, freeze, start_from
 from ssm_train.step.optimizer import build_optimizer, decay_counts
 from ssm_train.step.parallel import shard, wrap
 from ssm_train.step.schedule import build_schedule, resolve_rates
@@ -98,7 +98,7 @@ def _build(
     seed_init(cfg.SEED)
     network = build_model(cfg)
     if checkpoint is None and pretrained is not None:
-        _log.info("weights from %s", load_pretrained(network, pretrained, new_head))
+        _log.info("weights from %s", start_from(network, cfg, pretrained, new_head))
     freeze(network, cfg)
     memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format
     network.to(world.device, memory_format=memory_format)

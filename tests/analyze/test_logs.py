@@ -10,7 +10,7 @@ from PIL import Image
 from analyze import loss
 from analyze.logs import read_log
 from ssm_train.common.errors import UserError
-from ssm_train.record.report import Series
+from ssm_train.record.curves import Series
 
 SWIN = """\
 [2024-03-02 10:00:00 vssm_tiny] (main.py 110): INFO Creating model:vssm/vssm_tiny

@@ -73,7 +73,8 @@ class Decoder(NamedTuple):
 
     def converted(self, image: Image.Image) -> Image.Image:
         """An 8-bit image of any mode in the decoder's channels."""
-        return image.convert("L" if self.channels == 1 else "RGB")
+        rgb = image.convert("RGB")
+        return rgb.convert("L") if self.channels == 1 else rgb
 
     def _scaled(self, image: Image.Image, data: bytes, kind: str) -> Image.Image:
         """An image of more than 8 bits in 8, grey or RGB."""
@@ -123,7 +124,7 @@ def _kind(image: Image.Image) -> str:
 
 
 def _largest_value(image: Image.Image) -> int:
-    """What a PGM or PPM file states, where Pillow scales by it; else 255."""
+    """What a PGM or PPM file that is not loaded yet states, where Pillow will scale by it; else 255."""
     codec, _, _, arguments = image.tile[0]
     return arguments[1] if codec in ("ppm", "ppm_plain") else 255
 
@@ -137,10 +138,11 @@ def _deep_values(image: Image.Image, data: bytes, kind: str) -> np.ndarray:
         planes = decode_png(encoded, ImageReadMode.UNCHANGED).numpy().astype(np.float64)  # (C, H, W)
         # the last one of 2 and of 4 is alpha
         return planes[0] if len(planes) < 3 else planes[:3].transpose(1, 2, 0)
+    largest = _largest_value(image) if image.format == "PPM" else 255
     values = np.asarray(image)
-    if image.format == "PPM" and _largest_value(image) > 255:
+    if largest > 255:
         # Pillow has made 65535 of the largest value that the file states
-        return np.round(values * (_largest_value(image) / 65535))
+        return np.round(values * (largest / 65535))
     tags = image.tag_v2 if image.format == "TIFF" else {}
     if image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)) == (_UNSIGNED,):
         values = values.view(np.uint32)
