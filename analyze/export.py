@@ -126,14 +126,15 @@ def export(
     return found
 
 
-def check_batches(size: tuple[int, int], name: str, images: list[Path], decoder: Decoder) -> dict[str, Tensor]:
+def check_batches(
+    size: tuple[int, int], name: str, images: list[Path], decoder: Decoder = inputs.RGB
+) -> dict[str, Tensor]:
     """Noise and photographs (those of the user, else two that come with scikit-learn) in batches of `BATCHES`."""
     noise = torch.Generator().manual_seed(0)
     real = [inputs.read_image(path, decoder) for path in images] or inputs.sample_images(decoder).values()
     pixels = torch.cat([inputs.to_tensor(image, name, size) for image in real])
-    batches = {
-        f"noise, batch {count}": torch.randn(count, decoder.channels, *size, generator=noise) for count in BATCHES
-    }
+    shape = (decoder.channels, *size)
+    batches = {f"noise, batch {count}": torch.randn(count, *shape, generator=noise) for count in BATCHES}
     for count in BATCHES:
         batches[f"images, batch {count}"] = pixels[torch.arange(count) % len(pixels)]
     return batches
