@@ -17,6 +17,8 @@ from ssm_train.common.distributed import local_processes
 
 # distribution name of this repository, when it is installed
 _DISTRIBUTION = "vision-ssm"
+# of containers, by the second and the first version of control groups
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def versions() -> dict[str, str]:
@@ -53,11 +55,10 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    # of containers, by the second and the first version of control groups
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for path in _MEMORY_LIMITS:
         # there is no such file, or it says "max"
         with contextlib.suppress(OSError, ValueError):
-            limits.append(int(Path(path).read_text()))
+            limits.append(int(path.read_text()))
     return min(limits) // local_processes()
 
 
