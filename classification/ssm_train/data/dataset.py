@@ -158,8 +158,10 @@ class BadImages:
             return
         allowed = allowed_bad(self._max_share, self._total)
         if self.count > allowed:
+            (first, reason), *others = self.entries()[:3]
             raise UserError(
                 f"{self.count} of {self._total} training images are unreadable ({self.count / self._total:.2%}), but "
                 f"DATA.MAX_BAD_SHARE {self._max_share:g} allows {allowed} of {self._total}: "
-                f"{', '.join(sorted(self._known)[:3])}, ...; repair or delete them, or raise the share"
+                f"{', '.join([first, *(other.path for other in others)])}, ...; the first one: {reason}; repair or "
+                "delete them, or raise the share"
             )
