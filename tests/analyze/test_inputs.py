@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from analyze import inputs
+from ssm_train.common.command import run as run_command
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import default_config
 from ssm_train.data.transforms import eval_transform
@@ -128,7 +129,7 @@ def test_run_turns_mistakes_into_a_line(capsys):
     def fail():
         raise UserError("two\nlines")
 
-    assert (inputs.run(lambda: None), inputs.run(fail)) == (0, 2)
+    assert (run_command(lambda: None), run_command(fail)) == (0, 2)
     assert capsys.readouterr().err == "error: two lines\n"
     assert list(inputs.progress(iter("abc"), "letters")) == ["a", "b", "c"]
     if not torch.cuda.is_available():
