@@ -14,6 +14,8 @@ from PIL import Image
 pytest.importorskip("mmdet")
 pytestmark = pytest.mark.dense
 
+from mmengine.config import Config  # noqa: E402
+
 from detection.data import digit_scenes  # noqa: E402
 from detection.tools import image_demo  # noqa: E402
 from detection.tools import test as test_tool  # noqa: E402
@@ -123,15 +125,21 @@ def test_tta(trained, call, tmp_path):
     assert 0 <= metrics["coco/bbox_mAP_50"] <= 1 and "coco/segm_mAP" not in metrics
 
 
-def test_pictures_of_any_kind(trained, tmp_path, data):
-    """Grey, alpha and 16-bit images are read, and the same picture gives the same drawing whatever its mode."""
+def test_pictures_of_any_kind(trained, tmp_path, data, capfd):
+    """Grey, alpha and, by value_range, 16-bit images are read, and the same picture gives the same drawing."""
     scene = Image.open(data / "val2017/000001.png").convert("L").convert("RGB")
     scene.save(tmp_path / "rgb.png")
     scene.convert("L").save(tmp_path / "grey.png")
     scene.convert("RGBA").save(tmp_path / "alpha.png")
     Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) << 8).save(tmp_path / "deep.png")
     paths = [str(tmp_path / f"{kind}.png") for kind in ("rgb", "grey", "alpha", "deep")]
-    flags = ["--config", str(CONFIG), "--checkpoint", str(trained / "epoch_2.pth"), "--device", "cpu"]
+    flags = ["--checkpoint", str(trained / "epoch_2.pth"), "--device", "cpu"]
+    assert image_demo.main([paths[-1], *flags, "--config", str(CONFIG)]) == 2
+    assert "deep.png cannot be read: an image of mode I;16 " in capfd.readouterr().err
+    cfg = Config.fromfile(CONFIG)
+    cfg.test_dataloader.dataset.pipeline[0].value_range = (0, 255 << 8)
+    cfg.dump(tmp_path / "deep.py")
+    flags += ["--config", str(tmp_path / "deep.py")]
     assert image_demo.main([*paths, *flags, "--score", "0.0", "--out-dir", str(tmp_path / "out")]) == 0
     drawn = [np.asarray(Image.open(tmp_path / "out" / Path(path).name)) for path in paths]
     assert drawn[0].shape == (*np.asarray(scene).shape[:2], 3) and not np.array_equal(drawn[0], np.asarray(scene))
