@@ -83,7 +83,7 @@ def attention_maps(
     """What a mixer's output at one place is made of.
 
     Args:
-        image: (1, 3, H, W).
+        image: (1, C, H, W).
         at: the query, (x, y) as shares of the width and the height, from 0 to below 1.
         stage, block: as `find_mixer`.
         modes, routes: all by default. UserError for one that the mixer does not have.
@@ -178,7 +178,7 @@ def draw(found: Maps, image: Image.Image, at: tuple[float, float], title: str) -
     size = (max(width * (len(heads) + 1) + 0.5, 5), height * len(rows) + 0.6 + 0.6 * len(kinds))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), len(heads) + 1, squeeze=False)
-    picture = image.copy()
+    picture = image.convert("RGB")
     picture.thumbnail((600, 600))  # finer than a panel, and drawn in all of them
     for panels, (label, maps) in zip(axes, rows.items(), strict=True):
         panels[0].imshow(picture, extent=pixels)
@@ -239,7 +239,8 @@ def attnmap(args: argparse.Namespace) -> None:
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out} does not end in .png")
     device = inputs.find_device(args.device)
-    image = inputs.sample_images()[_EXAMPLE] if args.image is None else inputs.read_image(args.image)
+    decoder = inputs.image_decoder(args.checkpoint, args.range)
+    image = inputs.sample_images(decoder)[_EXAMPLE] if args.image is None else inputs.read_image(args.image, decoder)
     x, y = args.query or (image.width // 2, image.height // 2)
     if not (0 <= x < image.width and 0 <= y < image.height):
         raise UserError(f"--query {x} {y} is outside of the image, which has {image.width}x{image.height} pixels")
@@ -280,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="pixels of the image's shorter side (the run's or the model's)")
     parser.add_argument("--out", type=Path, default=Path("attnmap.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
+    inputs.add_range_argument(parser)
     args = parser.parse_args(argv)
     return run(lambda: attnmap(args))
 

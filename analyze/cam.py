@@ -95,7 +95,7 @@ def find_layer(model: nn.Module, name: str | None) -> nn.Module:
 
 
 def compute(model: nn.Module, layer: nn.Module, image: Tensor, target: int, method: str) -> Cam:
-    """`method` of METHODS on the logit `target` of an image (1, 3, H, W).
+    """`method` of METHODS on the logit `target` of an image (1, C, H, W).
 
     Grad-CAM: relu of sum_c weight_c activation_c, where weight_c is the mean over the map of d logit / d activation_c.
     EigenCAM: the activations' first principal component over the places of the map, which knows no class.
@@ -180,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, nargs="+", metavar="H [W]", help="for the model (the run's or the model's)")
     parser.add_argument("--out", type=Path, default=Path("cam.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
+    inputs.add_range_argument(parser)
     args = parser.parse_args(argv)
 
     def command() -> None:
@@ -192,9 +193,10 @@ def main(argv: list[str] | None = None) -> int:
         asked = find_class(args.target, classes)
         layer = find_layer(model, args.layer)
         size = inputs.image_size(args.size, name, args.checkpoint)
-        inputs.check_image_size(model, name, size)
-        files = {str(path): inputs.read_image(path) for path in inputs.find_images(args.images)[:_MOST]}
-        images = files or inputs.sample_images()
+        decoder = inputs.image_decoder(args.checkpoint, args.range)
+        inputs.check_image_size(model, name, size, decoder.channels)
+        files = {str(path): inputs.read_image(path, decoder) for path in inputs.find_images(args.images)[:_MOST]}
+        images = files or inputs.sample_images(decoder)
         cams, targets, captions = [], [], []
         for path, image in inputs.progress(images.items(), "images", len(images)):
             pixels = inputs.to_tensor(image, name, size).to(device)

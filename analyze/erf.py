@@ -63,7 +63,7 @@ def receptive_field(features: Callable[[Tensor], Tensor], images: Iterable[Tenso
     Luo et al. 2016 (https://arxiv.org/abs/1701.04128).
 
     Args:
-        features: image (1, 3, H, W) -> map (1, C, h, w), whose element (h // 2, w // 2) is the middle.
+        features: image (1, C, H, W) -> map (1, C, h, w), whose element (h // 2, w // 2) is the middle.
         images: of one size. Those whose gradient is not finite are left out, as published.
 
     Raises:
@@ -118,7 +118,13 @@ def features_of(model: nn.Module, name: str, size: int) -> Callable[[Tensor], Te
     return features
 
 
-def measure(jobs: list[tuple[str, Path | None]], paths: list[Path], size: int, device: torch.device) -> list[Field]:
+def measure(
+    jobs: list[tuple[str, Path | None]],
+    paths: list[Path],
+    size: int,
+    device: torch.device,
+    asked_range: list[float] | None = None,
+) -> list[Field]:
     """The fields of models, each with a checkpoint or with random weights. Raises UserError."""
     fields = []
     for name, checkpoint in jobs:
@@ -126,7 +132,9 @@ def measure(jobs: list[tuple[str, Path | None]], paths: list[Path], size: int, d
         torch.manual_seed(0)
         features = features_of(inputs.load_model(name, checkpoint).to(device), name, size)
         files = inputs.progress(paths, f"{name}, {weights}")
-        images = (inputs.to_tensor(inputs.read_image(path), name, (size, size)).to(device) for path in files)
+        decoder = inputs.image_decoder(checkpoint, asked_range)
+        pictures = (inputs.read_image(path, decoder) for path in files)
+        images = (inputs.to_tensor(picture, name, (size, size)).to(device) for picture in pictures)
         fields.append(Field(name, weights, receptive_field(features, images)))
         _check(fields[-1])
     return fields
@@ -227,7 +235,7 @@ def erf(args: argparse.Namespace) -> None:
         write_digits(_DIGITS)
     paths = inputs.find_images(args.images or [_DIGITS / "val"])
     paths = random.Random(args.seed).sample(paths, min(args.num, len(paths)))
-    fields = measure(jobs, paths, args.size, device)
+    fields = measure(jobs, paths, args.size, device, args.range)
     print(table(fields), end="\n\n")
     inputs.make_folder(args.out.parent)
     draw(fields, args.models, len(paths)).savefig(args.out, dpi=150)
@@ -248,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of that draw (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("erf.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
+    inputs.add_range_argument(parser)
     args = parser.parse_args(argv)
     return run(lambda: erf(args))
 

@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
-import timm
 import torch
 from timm.layers import set_exportable
 from torch import Tensor, nn
 
 from analyze import inputs
 from ssm_train.common.command import run
+from ssm_train.common.decode import Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import write_atomic
 
@@ -44,9 +44,9 @@ class Difference(NamedTuple):
     same_top1: bool
 
 
-def trace(model: nn.Module, size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """The graph of `model`, in evaluation mode, for images (B, 3, *size) with any B."""
-    example = torch.zeros(2, 3, *size)
+def trace(model: nn.Module, size: tuple[int, int], channels: int = 3) -> torch.export.ExportedProgram:
+    """The graph of `model`, in evaluation mode, for images (B, channels, *size) with any B."""
+    example = torch.zeros(2, channels, *size)
     batch = torch.export.Dim.DYNAMIC  # unlike a named Dim it need not prove that shapes fit for every B: we try some
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=({0: batch},), strict=False)
@@ -57,7 +57,7 @@ def write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    """One file with the weights in it: images (batch, 3, H, W) -> logits (batch, classes)."""
+    """One file with the weights in it: images (batch, C, H, W) -> logits (batch, classes)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, of its own parts
         torch.onnx.export(
@@ -73,7 +73,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def load_pt2(path: Path) -> Runner:
-    """The file as a function of images (B, 3, H, W)."""
+    """The file as a function of images (B, C, H, W)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given buffer is not writable")  # PyTorch's, of its own reader
         return torch.export.load(path).module()
@@ -90,7 +90,7 @@ FORMATS = {".onnx": (write_onnx, load_onnx), ".pt2": (write_pt2, load_pt2)}
 
 @torch.inference_mode()
 def compare(exported: Runner, eager: nn.Module, batches: dict[str, Tensor]) -> list[Difference]:
-    """Both on every batch of images (B, 3, H, W), by name."""
+    """Both on every batch of images (B, C, H, W), by name."""
     found = []
     for what, images in batches.items():
         expected, given = eager(images), exported(images)
@@ -126,22 +126,28 @@ def export(
     return found
 
 
-def check_batches(size: tuple[int, int], name: str, images: list[Path]) -> dict[str, Tensor]:
+def check_batches(
+    size: tuple[int, int], name: str, images: list[Path], decoder: Decoder = inputs.RGB
+) -> dict[str, Tensor]:
     """Noise and photographs (those of the user, else two that come with scikit-learn) in batches of `BATCHES`."""
     noise = torch.Generator().manual_seed(0)
-    real = [inputs.read_image(path) for path in images] or inputs.sample_images().values()
+    real = [inputs.read_image(path, decoder) for path in images] or inputs.sample_images(decoder).values()
     pixels = torch.cat([inputs.to_tensor(image, name, size) for image in real])
-    batches = {f"noise, batch {count}": torch.randn(count, 3, *size, generator=noise) for count in BATCHES}
+    shape = (decoder.channels, *size)
+    batches = {f"noise, batch {count}": torch.randn(count, *shape, generator=noise) for count in BATCHES}
     for count in BATCHES:
         batches[f"images, batch {count}"] = pixels[torch.arange(count) % len(pixels)]
     return batches
 
 
-def describe(name: str, classes: int, size: tuple[int, int], found: list[Difference], tolerance: float) -> str:
+def describe(
+    name: str, classes: int, size: tuple[int, int], channels: int, found: list[Difference], tolerance: float
+) -> str:
     """What the JSON beside a file says."""
-    settings = timm.get_pretrained_cfg(name)
-    preprocessing = {"layout": "NCHW, RGB, from 0 to 1, then (x - mean) / std"}
-    preprocessing |= {"size": size, "mean": settings.mean, "std": settings.std}
+    mean, std = inputs.statistics(name, channels)
+    colours = "RGB" if channels == 3 else "grey"
+    preprocessing = {"layout": f"NCHW, {colours}, from 0 to 1, then (x - mean) / std"}
+    preprocessing |= {"size": size, "mean": mean, "std": std}
     content = {"model": name, "classes": classes, "preprocessing": preprocessing, "tolerance": tolerance}
     content["differences"] = [difference._asdict() for difference in found]
     content["versions"] = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
@@ -156,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="files or folders to compare on, up to 16")
     parser.add_argument("--out", type=Path, nargs="+", help=".onnx and .pt2 files to write (MODEL.onnx)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (%(default)g)")
+    inputs.add_range_argument(parser)
     args = parser.parse_args(argv)
 
     def command() -> None:
@@ -170,15 +177,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.checkpoint is None:
             plain.load_state_dict(eager.state_dict())
         size = inputs.image_size(args.size, name, args.checkpoint)
-        batches = check_batches(size, name, inputs.find_images(args.images)[:16])
-        inputs.check_image_size(eager, name, size)
+        decoder = inputs.image_decoder(args.checkpoint, args.range)
+        batches = check_batches(size, name, inputs.find_images(args.images)[:16], decoder)
+        inputs.check_image_size(eager, name, size, decoder.channels)
         print(f"tracing {name} at {size[0]}x{size[1]} pixels: this may take minutes for a large model", flush=True)
-        program = trace(plain, size)
+        program = trace(plain, size, decoder.channels)
         for path in paths:
             inputs.make_folder(path.parent)
             found = export(program, eager, batches, path, args.tolerance)
             report = path.with_name(f"{path.name}.json")
-            write_atomic(report, describe(name, eager.num_classes, size, found, args.tolerance))
+            write_atomic(report, describe(name, eager.num_classes, size, decoder.channels, found, args.tolerance))
             for difference in found:
                 print(f"{difference.what:<16} largest difference {difference.largest:.1e}")
             print(path, report, sep="\n")

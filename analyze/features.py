@@ -29,7 +29,7 @@ from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import folder_lock, sync_folder, write_atomic, write_synced
 from ssm_train.common.preemption import leave_signals_to_trainer
-from ssm_train.config.defaults import default_config
+from ssm_train.config.defaults import check_config, default_config
 from ssm_train.data.build import scan_split
 from ssm_train.data.dataset import Batch, EvalImages, collate
 from ssm_train.data.samplers import Key
@@ -41,7 +41,7 @@ SPLITS = ("train", "val")
 
 
 def features_of(model: nn.Module, images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, C) fp32, pooled, before the classifier. UserError where the model does not pool."""
+    """(B, 3 or 1, H, W) -> (B, C) fp32, pooled, before the classifier. UserError where the model does not pool."""
     features = model.forward_head(model.forward_features(images), pre_logits=True)
     if features.dim() != 2:
         raise UserError(
@@ -146,16 +146,18 @@ def read_features(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.cat([part["features"] for part in parts]), torch.cat([part["targets"] for part in parts])
 
 
-def _data_config(checkpoint: Path | None, data_path: str | None, dataset: str | None) -> CN:
+def _data_config(
+    checkpoint: Path | None, data_path: str | None, dataset: str | None, asked_range: list[float] | None
+) -> CN:
     """Where the images are: of the run that wrote `checkpoint`, or as the user says, who may mean other classes."""
     cfg = (inputs.run_config(checkpoint) or default_config()).clone()
     cfg.defrost()
     cfg.DATA.DATASET = dataset or cfg.DATA.DATASET
     if data_path is not None:
-        cfg.DATA.DATA_PATH = data_path
-        folder = Path(data_path) / SPLITS[0]
-        if cfg.DATA.DATASET == "folder" and folder.is_dir():
-            cfg.MODEL.NUM_CLASSES = sum(entry.is_dir() for entry in folder.iterdir())
+        cfg.DATA.DATA_PATH, cfg.MODEL.NUM_CLASSES = data_path, None
+    if asked_range is not None:
+        cfg.DATA.RANGE = asked_range
+    check_config(cfg)
     return cfg
 
 
@@ -182,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to continue")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
+    inputs.add_range_argument(parser)
     args = parser.parse_args(argv)
 
     def command() -> None:
@@ -194,14 +197,18 @@ def main(argv: list[str] | None = None) -> int:
         name = inputs.model_name(args.model, args.checkpoint)
         model = inputs.load_model(name, args.checkpoint).to(device)
         transform = inputs.evaluation_transform(name, args.checkpoint, args.size)
-        cfg = _data_config(args.checkpoint, args.data_path, args.dataset)
-        sources = {split: scan_split(cfg, split) for split in args.splits}
+        cfg = _data_config(args.checkpoint, args.data_path, args.dataset, args.range)
+        sources = {}
+        for split in args.splits:
+            sources[split] = scan_split(cfg, split)
+            cfg.MODEL.NUM_CLASSES = len(sources[split].classes)
         inputs.make_folder(args.out)
         with folder_lock(args.out):
             content = {
                 "model": name,
                 "sha256 of weights": _weights_digest(model),
                 "transform": str(transform),
+                "range": list(cfg.DATA.RANGE),
                 "images per file": args.shard,
                 "batch": args.batch_size,
                 "classes": next(iter(sources.values())).classes,

@@ -21,15 +21,17 @@ from yacs.config import CfgNode as CN
 
 from ssm_models import CheckpointError
 from ssm_models import read_checkpoint as read_weights
+from ssm_train.common.decode import UNREADABLE, Decoder
 from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import channels
 from ssm_train.config.load import parse_config
-from ssm_train.data.sources.decode import UNREADABLE, decode_image
 from ssm_train.data.transforms import Transform, eval_transform
 from ssm_train.record.checkpoint import META, read_checkpoint
 from ssm_train.step.model import check_model_name, load_pretrained
 
 T = TypeVar("T")
 
+RGB = Decoder(option="--range")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -139,20 +141,38 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image of any size and mode (grey, alpha, CMYK, palette, 16 bit) as 8-bit RGB."""
+def image_decoder(checkpoint: Path | None, asked: Sequence[float] | None = None) -> Decoder:
+    """How images are read for the model of a checkpoint: RGB, or grey as its run read them, and with the range of
+    `asked` (--range) or else of that run. UserError for what is no range."""
+    cfg = run_config(checkpoint)
+    if asked is not None and not asked[0] < asked[1]:
+        raise UserError(f"--range {asked[0]:g} {asked[1]:g}: the first value must be below the second")
+    of_run = None if cfg is None else tuple(cfg.DATA.RANGE) or None
+    return Decoder(3 if cfg is None else channels(cfg), of_run if asked is None else tuple(asked), "--range")
+
+
+def read_image(path: Path, decoder: Decoder = RGB) -> Image.Image:
+    """An image of any size and mode (grey, alpha, CMYK, palette, with a range also 16 bit and float) in 8 bits."""
     try:
-        return decode_image(path.read_bytes())
+        return decoder(path.read_bytes())
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 def to_tensor(image: Image.Image, name: str, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """RGB image -> (1, 3, H, W) fp32, normalised as model `name` was trained, resized to `size` (H, W) if given."""
-    settings = timm.get_pretrained_cfg(name)
+    """RGB or grey image -> (1, C, H, W) fp32, normalised as model `name` was trained, resized to `size` (H, W) if
+    given."""
     if size is not None:
         image = TF.resize(image, list(size), TF.InterpolationMode.BICUBIC)
-    return TF.normalize(TF.to_tensor(image), settings.mean, settings.std)[None]
+    return TF.normalize(TF.to_tensor(image), *statistics(name, len(image.getbands())))[None]
+
+
+def statistics(name: str, count: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that model `name` was trained with; for grey images (`count` 1) the means of the
+    three."""
+    settings = timm.get_pretrained_cfg(name)
+    values = settings.mean, settings.std
+    return values if count == 3 else tuple((sum(value) / len(value),) for value in values)
 
 
 def image_size(asked: Sequence[int] | None, name: str, checkpoint: Path | None) -> tuple[int, int]:
@@ -166,16 +186,16 @@ def image_size(asked: Sequence[int] | None, name: str, checkpoint: Path | None) 
 
 
 @torch.inference_mode()
-def check_image_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
-    """UserError where `model`, called `name`, does not take images of this size."""
+def check_image_size(model: nn.Module, name: str, size: tuple[int, int], count: int = 3) -> None:
+    """UserError where `model`, called `name`, does not take images of this size with `count` channels."""
     try:
-        model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+        model(torch.zeros(1, count, *size, device=next(model.parameters()).device))
     except (ValueError, RuntimeError) as error:  # the latter: PyTorch's, of a map smaller than a convolution
         raise UserError(f"{name} takes no images of {size[0]}x{size[1]} pixels: {error}") from error
 
 
 def evaluation_transform(name: str, checkpoint: Path | None, size: int | None = None) -> Transform:
-    """RGB image -> normalised fp32 tensor (3, S, S), as in the evaluation of the run that wrote `checkpoint`, else as
+    """Image -> normalised fp32 tensor (C, S, S), as in the evaluation of the run that wrote `checkpoint`, else as
     model `name` is evaluated by its authors (timm: shorter side to S / crop_pct, centre crop). `size` replaces S."""
     if size is not None and size < 1:
         raise UserError(f"--size {size} is not a number of pixels")
@@ -192,13 +212,14 @@ def evaluation_transform(name: str, checkpoint: Path | None, size: int | None = 
     return eval_transform(cfg)
 
 
-def sample_images() -> dict[str, Image.Image]:
-    """The two photographs that come with scikit-learn, a temple and a flower (640x427), by file name."""
+def sample_images(decoder: Decoder = RGB) -> dict[str, Image.Image]:
+    """The two photographs that come with scikit-learn, a temple and a flower (640x427), by file name, in the channels
+    of the decoder."""
     from sklearn.datasets import load_sample_images  # takes a second to import, and few commands need it
 
     found = load_sample_images()
     names = [Path(name).name for name in found.filenames]
-    return {name: Image.fromarray(pixels) for name, pixels in zip(names, found.images, strict=True)}
+    return {name: decoder.converted(Image.fromarray(pixels)) for name, pixels in zip(names, found.images, strict=True)}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +227,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="of timm's registry; runs of this repository know theirs")
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="run or checkpoint folder, .safetensors or official .pth file"
+    )
+
+
+def add_range_argument(parser: argparse.ArgumentParser) -> None:
+    """--range, for `image_decoder`."""
+    parser.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white in images of more than 8 bits (the run's DATA.RANGE)",
     )
 
 

@@ -23,10 +23,12 @@ from yacs.config import CfgNode as CN
 from ssm_train.common.command import run
 from ssm_train.common.distributed import World
 from ssm_train.common.preemption import StopRequest
+from ssm_train.config.defaults import channels
 from ssm_train.config.load import load_config
 from ssm_train.data.dataset import Batch
 from ssm_train.data.samplers import Key
 from ssm_train.record.logger import RunLog
+from ssm_train.settle import with_own_classes
 from ssm_train.start import prepare
 from ssm_train.step.engine import Training
 from ssm_train.trainer import Trainer
@@ -72,7 +74,7 @@ def measure(cfg: CN, device: torch.device, updates: int, repeats: int, folder: P
     world, size = World(0, 1, device), cfg.DATA.IMG_SIZE
     run = prepare(cfg, world, updates)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(cfg.DATA.BATCH_SIZE, 3, size, size, generator=generator).to(device)
+    images = torch.randn(cfg.DATA.BATCH_SIZE, channels(cfg), size, size, generator=generator).to(device)
     targets = torch.arange(len(images), device=device) % cfg.MODEL.NUM_CLASSES
     loader = InMemory(Batch(images, targets, [], [Key(0, index) for index in range(len(images))]), updates)
     bare, loop = [], []
@@ -119,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> None:
-        cfg = load_config(args.cfg, None, {"batch_size": args.batch_size, "device": args.device})
+        cfg = with_own_classes(load_config(args.cfg, None, {"batch_size": args.batch_size, "device": args.device}))
         with tempfile.TemporaryDirectory() as folder:
             result = measure(cfg, torch.device(args.device), args.updates, args.repeats, Path(folder))
         print(

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from analyze.logs import Log, read_log
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
-from ssm_train.record.report import Curves, read_curves, save_curves
+from ssm_train.record.curves import Curves, read_curves, save_curves
 
 # of Okabe and Ito, told apart by colour-blind readers and in grey
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -37,7 +36,7 @@ _LONGEST = 20  # characters of a name in a caption
 
 class Answer(NamedTuple):
     image: str  # file name
-    pixels: Tensor  # (3, S, S), as the model saw it
+    pixels: Tensor  # (C, S, S), as the model saw it
     classes: list[int]  # the most probable first
     probabilities: list[float]
 
@@ -80,14 +79,13 @@ def predict(
 
 def draw(answers: list[Answer], names: list[str], model: str, title: str) -> Figure:
     """The sheet: above every image its most probable classes, below it the name of its file."""
-    settings = timm.get_pretrained_cfg(model)
     tiles = []
     for answer in answers:
         best = list(zip(answer.classes, answer.probabilities, strict=True))[:_IN_CAPTION]
         caption = "\n".join(
             f"{_short(names[index])}  {share:{'.0%' if share >= 0.1 else '.1%'}}" for index, share in best
         )
-        pixels = denormalise(answer.pixels, settings.mean, settings.std)
+        pixels = denormalise(answer.pixels, *inputs.statistics(model, len(answer.pixels)))
         tiles.append(Tile(pixels, caption, note=_short(Path(answer.image).name)))
     return draw_sheet(tiles, title)
 
@@ -118,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of the images in pixels (the run's or the model's)")
     parser.add_argument("--out", type=Path, default=Path("predict.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
+    inputs.add_range_argument(parser)
     args = parser.parse_args(argv)
 
     def command() -> None:
@@ -130,11 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         model = inputs.load_model(name, args.checkpoint).to(device)
         names = class_names(model.num_classes, args.checkpoint, args.classes)
         transform = inputs.evaluation_transform(name, args.checkpoint, args.size)
+        decoder = inputs.image_decoder(args.checkpoint, args.range)
         if args.size is not None:
-            inputs.check_image_size(model, name, (args.size, args.size))
+            inputs.check_image_size(model, name, (args.size, args.size), decoder.channels)
         paths = inputs.find_images(args.images)
-        files = ((str(path), inputs.read_image(path)) for path in paths)
-        images = files if paths else iter(inputs.sample_images().items())
+        files = ((str(path), inputs.read_image(path, decoder)) for path in paths)
+        images = files if paths else iter(inputs.sample_images(decoder).items())
         answers = []
         for answer in inputs.progress(
             predict(model, transform, images, min(args.top, len(names))), "images", len(paths)

@@ -13,14 +13,13 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from yacs.config import CfgNode as CN
 
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import parse_config
 from ssm_train.data.build import scan_split
 from ssm_train.data.dataset import BadImage, load_image
-from ssm_train.data.transforms import eval_transform
+from ssm_train.data.transforms import STATISTICS, eval_transform
 from ssm_train.record.checkpoint import read_checkpoint
 from ssm_train.step.model import build_model
 
@@ -29,7 +28,7 @@ _BATCH = 32
 
 
 class Prediction(NamedTuple):
-    image: torch.Tensor  # (3, S, S), as the model saw it
+    image: torch.Tensor  # (C, S, S), as the model saw it
     predicted: str
     true: str
     confidence: float  # probability of the predicted class
@@ -62,7 +61,7 @@ def predict(cfg: CN, weights: Path, count: int, device: torch.device) -> list[Pr
 class Tile(NamedTuple):
     """A picture of a sheet."""
 
-    image: torch.Tensor  # (3, H, W), from 0 to 1
+    image: torch.Tensor  # (3, H, W), or (1, H, W) in grey, from 0 to 1
     caption: str
     wrong: bool = False  # framed and written in red
     note: str = ""  # below the picture
@@ -77,7 +76,7 @@ def draw_sheet(tiles: list[Tile], title: str, columns: int = _COLUMNS) -> Figure
     figure = Figure(figsize=(1.35 * max(columns, 3), height * rows + 0.5), layout="constrained")
     for number, tile in enumerate(tiles):
         axes = figure.add_subplot(rows, columns, number + 1)
-        axes.imshow(tile.image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.imshow(tile.image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.set_title(tile.caption, fontsize=8, color="red" if tile.wrong else "black")
         axes.set_xlabel(tile.note, fontsize=7, color="dimgray", labelpad=2)
@@ -88,7 +87,7 @@ def draw_sheet(tiles: list[Tile], title: str, columns: int = _COLUMNS) -> Figure
 
 
 def denormalise(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(3, H, W) as a model sees it -> from 0 to 1."""
+    """(C, H, W) as a model sees it -> from 0 to 1."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     return image * std + mean
 
@@ -100,7 +99,7 @@ def draw(predictions: list[Prediction]) -> Figure:
         wrong = prediction.predicted != prediction.true
         caption = f"{prediction.predicted}  {prediction.confidence:.0%}"
         caption += f"\nis {prediction.true}" if wrong else ""
-        pixels = denormalise(prediction.image, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        pixels = denormalise(prediction.image, *STATISTICS[len(prediction.image)])
         tiles.append(Tile(pixels, caption, wrong))
     wrong = sum(tile.wrong for tile in tiles)
     return draw_sheet(tiles, f"{len(tiles) - wrong} of {len(tiles)} validation images right")

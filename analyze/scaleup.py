@@ -51,7 +51,7 @@ from ssm_train.config.defaults import default_config
 from ssm_train.data.build import close_workers, eval_loader, scan_split
 from ssm_train.data.dataset import BadImages
 from ssm_train.data.transforms import eval_transform
-from ssm_train.record.report import Series
+from ssm_train.record.curves import Series
 from ssm_train.step.evaluate import Accuracy, validate
 
 COLUMNS = (

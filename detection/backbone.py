@@ -1,6 +1,6 @@
 """What our configs of detectors import: the names that `ssm_mm` registers, and readers for mmdet that name the file.
 
-LoadImageFromFile     mmcv's, with the file's name in every error
+LoadImageFromFile     mmcv's, with the file's name in every error, and `value_range` for images of more than 8 bits
 LoadAnnotations       mmdet's, for annotations without a mask
 """
 

@@ -1,6 +1,6 @@
 """What our configs of segmentors import: the names that `ssm_mm` registers, and a reader that names the file.
 
-LoadImageFromFile  mmcv's, with the file's name in every error
+LoadImageFromFile  mmcv's, with the file's name in every error, and `value_range` for images of more than 8 bits
 """
 
 from mmseg.registry import TRANSFORMS

@@ -12,7 +12,7 @@
 | Hugging Face | `trainer_state.json` | epochs |
 | Lightning | `metrics.csv` of its CSVLogger | epochs |
 
-Curves have the names of `ssm_train.record.report`: "train/loss", "epoch/train_loss" (mean of an epoch, at its middle),
+Curves have the names of `ssm_train.record.curves`: "train/loss", "epoch/train_loss" (mean of an epoch, at its middle),
 "train/lr", "val/top1", "val/ema_top1" in percent, ...; of other libraries, "train/" or "val/" and the library's own
 name, in its own unit ("val/coco/bbox_mAP" is a share, "val/mIoU" percent).
 """
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from analyze.logs import deit, evaluations, huggingface, lightning, openmmlab, ours, swin, timm_summary
 from ssm_train.common.errors import UserError
-from ssm_train.record.report import Series
+from ssm_train.record.curves import Series
 
 # where several fit, the first counts
 FORMS = (

@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 from analyze.logs.form import Form, Values, objects, rows
-from ssm_train.record.report import curves
+from ssm_train.record.curves import curves
 
 
 def _log(text: str) -> tuple[str, Values]:

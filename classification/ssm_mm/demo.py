@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 import cv2
-import mmcv
 import numpy as np
 import torch
 from mmengine.dataset import Compose, pseudo_collate
@@ -50,13 +49,14 @@ def draw_predictions(args: argparse.Namespace, **drawing) -> list[Path]:
     visualizer.dataset_meta = checkpoints.read(args.checkpoint).get("meta", {}).get("dataset_meta", {})
     [first, *_] = plain_datasets(cfg.test_dataloader)
     steps = [step for step in first.pipeline if type_name(step) != "LoadAnnotations"]
-    pipeline = Compose(steps)
+    load, pipeline = Compose(steps[:1]), Compose(steps)
     written = []
     for number, path in enumerate(args.images):
         data = pseudo_collate([pipeline({"img_path": str(path), "img_id": number})])
         with torch.inference_mode():
             [sample] = model.test_step(data)
-        image = mmcv.imread(str(path), channel_order="rgb")
+        # read as for the model, in RGB
+        image = np.ascontiguousarray(load({"img_path": str(path)})["img"][..., ::-1].astype(np.uint8))
         np.random.seed(0)  # mmdet shades masks at random
         visualizer.add_datasample(path.stem, image, sample.cpu(), draw_gt=False, **drawing)
         out = args.out_dir / f"{path.stem}.png"

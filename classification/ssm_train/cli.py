@@ -34,9 +34,10 @@ from ssm_train.data.sources import FORMATS
 from ssm_train.record.checkpoint import MODEL, MODEL_EMA, Checkpoint, CheckpointStore, Position, read_checkpoint
 from ssm_train.record.logger import RunLog
 from ssm_train.record.results import description, evaluation_metrics, summary, write_metrics
+from ssm_train.settle import as_before, with_classes, with_machine, with_own_classes
 from ssm_train.start import prepare
 from ssm_train.step.evaluate import validate
-from ssm_train.step.model import build_model, load_pretrained
+from ssm_train.step.model import build_model, start_from
 from ssm_train.step.parallel import load_whole
 from ssm_train.step.speed import inference_speed, training_speed
 from ssm_train.trainer import train
@@ -125,10 +126,10 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
     """Do what the arguments ask for. Nothing is written before data, model and weights have been found to be good."""
     world.together(lambda: resolve_amp(cfg.AMP, world.device))
     if args.throughput:
-        report_throughput(cfg, world)
+        report_throughput(settled_alone(cfg, world), world)
         return
     if args.traincost:
-        report_training_cost(cfg, world)
+        report_training_cost(settled_alone(cfg, world), world)
         return
     folder = Path(cfg.OUTPUT) / cfg.TAG
     if not args.eval and not args.resume:
@@ -190,11 +191,13 @@ def evaluate(
 ) -> None:
     """Validate the weights of the checkpoint (plain and averaged) or of --pretrained, and write metrics.json."""
     start = time.perf_counter()
-    source = world.together(lambda: scan_split(cfg, "val"))
+    before = as_before(cfg, checkpoint)
+    source = world.together(lambda: scan_split(before, "val"))
+    cfg = with_machine(with_classes(before, len(source.classes)), world)
     network = world.together(lambda: build_model(cfg))
     models, weights_of = {"model": network}, str(args.pretrained)
     if checkpoint is None:
-        _log.info("weights from %s", world.together(lambda: load_pretrained(network, Path(args.pretrained))))
+        _log.info("weights from %s", world.together(lambda: start_from(network, cfg, Path(args.pretrained))))
     else:
         weights_of = str(checkpoint.folder)
         world.together(lambda: load_whole(network, checkpoint.weights(MODEL, network)))
@@ -230,6 +233,11 @@ def open_folder(folder: Path, log: RunLog, stack: contextlib.ExitStack) -> None:
         log.open_text(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+
+
+def settled_alone(cfg: CN, world: World) -> CN:
+    """The config of a measurement without data."""
+    return with_machine(world.together(lambda: with_own_classes(cfg)), world)
 
 
 def report_throughput(cfg: CN, world: World) -> None:

@@ -10,12 +10,13 @@ from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.precision import resolve_amp
 from ssm_train.common.seeding import seed_init
+from ssm_train.config.defaults import replaced
 from ssm_train.data.transforms import build_mixup
 from ssm_train.record.checkpoint import Checkpoint, Position
 from ssm_train.step.ema import Average
 from ssm_train.step.engine import Training
 from ssm_train.step.losses import build_criterion
-from ssm_train.step.model import build_model, count_parameters, freeze, load_pretrained
+from ssm_train.step.model import build_model, count_parameters, freeze, start_from
 from ssm_train.step.optimizer import build_optimizer, decay_counts
 from ssm_train.step.parallel import shard, wrap
 from ssm_train.step.schedule import build_schedule, resolve_rates
@@ -29,20 +30,15 @@ def images_per_update(cfg: CN, world: World) -> int:
     return cfg.DATA.BATCH_SIZE * world.size * cfg.TRAIN.ACCUMULATION_STEPS
 
 
-def asked_batch(cfg: CN) -> list[int]:
-    """What the user says of the batch; a checkpoint keeps it beside what became of it."""
-    return [cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS]
-
-
-def same_updates(cfg: CN, checkpoint: Checkpoint | None, world: World) -> CN:
+def same_updates(cfg: CN, checkpoint: Checkpoint | None, world: World, asked: list[int | None]) -> CN:
     """The config under which another number of processes than began the run makes the same updates: same global batch,
-    same schedule, same order of images. Who asks for another batch on as many processes gets it.
+    same schedule, same order of images. Who asks for another batch (`asked_batch`) on as many processes gets it.
 
     Raises UserError where the global batch cannot be divided.
     """
     if checkpoint is None:
         return cfg
-    if checkpoint.meta["processes"] == world.size and checkpoint.meta["asked_batch"] != asked_batch(cfg):
+    if checkpoint.meta["processes"] == world.size and checkpoint.meta["asked_batch"] != asked:
         return cfg
     wanted = checkpoint.meta["images_per_update"]
     if wanted == images_per_update(cfg, world):
@@ -56,10 +52,7 @@ def same_updates(cfg: CN, checkpoint: Checkpoint | None, world: World) -> CN:
     # the largest batch that fits where the configured one did; pairs for mixup stay pairs
     step = 2 if cfg.DATA.BATCH_SIZE % 2 == 0 and share % 2 == 0 else 1
     batch = max(size for size in range(step, min(share, cfg.DATA.BATCH_SIZE) + 1, step) if share % size == 0)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS = batch, share // batch
-    cfg.freeze()
+    cfg = replaced(cfg, {"DATA.BATCH_SIZE": batch, "TRAIN.ACCUMULATION_STEPS": share // batch})
     _log.info(
         "%d process(es): batch %d x %d accumulation step(s) keep the run's %d images per update",
         world.size,
@@ -105,7 +98,7 @@ def _build(
     seed_init(cfg.SEED)
     network = build_model(cfg)
     if checkpoint is None and pretrained is not None:
-        _log.info("weights from %s", load_pretrained(network, pretrained, new_head))
+        _log.info("weights from %s", start_from(network, cfg, pretrained, new_head))
     freeze(network, cfg)
     memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format
     network.to(world.device, memory_format=memory_format)

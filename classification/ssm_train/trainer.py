@@ -26,7 +26,8 @@ from ssm_train.record.logger import RunLog
 from ssm_train.record.progress import Progress
 from ssm_train.record.report import write_report
 from ssm_train.record.results import Results, better_weights, description, summary, training_metrics, write_metrics
-from ssm_train.start import asked_batch, images_per_update, place, prepare, same_updates
+from ssm_train.settle import as_before, asked_batch, with_classes, with_machine
+from ssm_train.start import images_per_update, place, prepare, same_updates
 from ssm_train.step.engine import Training, Update, take_update, training_loss
 from ssm_train.step.evaluate import Interrupted, validate
 from ssm_train.step.losses import mesa_starts
@@ -54,9 +55,13 @@ def train(
     when it saved and stopped because a signal asked for it.
     """
     asked = asked_batch(cfg)
-    cfg = world.together(lambda: same_updates(cfg, checkpoint, world))
-    source, val_source = world.together(lambda: (scan_split(cfg, "train"), scan_split(cfg, "val")))
+    before = as_before(cfg, checkpoint)
+    source = world.together(lambda: scan_split(before, "train"))
+    counted = with_classes(before, len(source.classes))
+    val_source = world.together(lambda: scan_split(counted, "val"))
     world.together(lambda: check_same_classes(source, val_source))
+    settled = with_machine(counted, world, len(source))
+    cfg = world.together(lambda: same_updates(settled, checkpoint, world, asked))
     loader = world.together(lambda: train_loader(cfg, source, world))
     updates_per_epoch = loader.batch_sampler.updates_per_epoch
     run = prepare(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head)

@@ -290,9 +290,9 @@ def test_query_between_overlapping_patches():
 
 @pytest.fixture
 def photo(tmp_path):
-    """50x34, 16 bit."""
+    """50x34, grey."""
     path = tmp_path / "photo.png"
-    Image.fromarray((np.random.default_rng(0).random((34, 50)) * 65535).astype(np.uint16)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (34, 50), dtype=np.uint8)).save(path)
     return path
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from analyze import inputs
+from ssm_train.common.command import run as run_command
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import default_config
 from ssm_train.data.transforms import eval_transform
@@ -70,7 +71,7 @@ def test_checkpoint_mistakes(run, tmp_path):
 
 
 def test_images_of_any_mode(tmp_path):
-    """Grey, alpha, CMYK, palette and 16 bit become the RGB they show."""
+    """Grey, alpha, CMYK, palette and, by a range, 16 bit become the RGB they show."""
     grey = np.arange(0, 240, 20, dtype=np.uint8).reshape(3, 4)
     colour = np.stack([grey, 255 - grey, grey // 2], 2)
     alpha = np.concatenate([colour, grey[..., None]], 2)
@@ -80,12 +81,14 @@ def test_images_of_any_mode(tmp_path):
         ("alpha.png", Image.fromarray(alpha), colour),
         ("cmyk.tif", cmyk, np.asarray(cmyk.convert("RGB"))),
         ("palette.png", Image.fromarray(colour).quantize(12), colour),
-        ("16bit.png", Image.fromarray(grey.astype(np.uint16) * 256 + 7), np.stack([grey] * 3, 2)),
+        ("16bit.png", Image.fromarray(grey.astype(np.uint16) * 256 + 70), np.stack([grey] * 3, 2)),
     ):
         image.save(tmp_path / name)
-        found = inputs.read_image(tmp_path / name)
+        found = inputs.read_image(tmp_path / name, inputs.image_decoder(None, (0, 255 * 256)))
         assert found.mode == "RGB" and found.size == (4, 3)
         np.testing.assert_array_equal(np.asarray(found), expected, err_msg=name)
+    with pytest.raises(UserError, match=r"16bit.png cannot be read as an image: .*mode I;16 .*by --range"):
+        inputs.read_image(tmp_path / "16bit.png")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.PNG").write_bytes(b"damaged")
     (tmp_path / "deep" / "notes.txt").write_text("")
@@ -126,7 +129,7 @@ def test_run_turns_mistakes_into_a_line(capsys):
     def fail():
         raise UserError("two\nlines")
 
-    assert (inputs.run(lambda: None), inputs.run(fail)) == (0, 2)
+    assert (run_command(lambda: None), run_command(fail)) == (0, 2)
     assert capsys.readouterr().err == "error: two lines\n"
     assert list(inputs.progress(iter("abc"), "letters")) == ["a", "b", "c"]
     if not torch.cuda.is_available():

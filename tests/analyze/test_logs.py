@@ -12,7 +12,7 @@ from timm.utils import update_summary
 from analyze import loss
 from analyze.logs import read_log
 from ssm_train.common.errors import UserError
-from ssm_train.record.report import Series
+from ssm_train.record.curves import Series
 from ssm_train.record.series import Summary
 
 DATA = Path(__file__).parents[1] / "data/logs"

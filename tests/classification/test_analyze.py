@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from analyze import loss, predictions
-from ssm_train.record.report import read_curves, write_report
+from ssm_train.record.curves import read_curves
+from ssm_train.record.report import write_report
 
 
 @pytest.fixture

@@ -76,6 +76,15 @@ def test_opts_decode_by_the_type_of_the_default(tmp_path):
         ("TRAIN.USE_CHECKPOINT 1", ["TRAIN.USE_CHECKPOINT must be of type bool"]),
         ("TRAIN.EPOCHS 0", ["TRAIN.EPOCHS is 0", "at least 1"]),
         ("TRAIN.EPOCHS 20", ["TRAIN.WARMUP_EPOCHS is 20", "below TRAIN.EPOCHS"]),
+        ("MODEL.NUM_CLASSES 0", ["MODEL.NUM_CLASSES is 0", "at least 1"]),
+        ("MODEL.NUM_CLASSES ten", ["MODEL.NUM_CLASSES must be of type int, or None", "'ten'"]),
+        ("DATA.NUM_WORKERS -1", ["DATA.NUM_WORKERS is -1", "0 or larger"]),
+        ("DATA.BATCH_SIZE True", ["DATA.BATCH_SIZE must be of type int, or None", "True"]),
+        ("DATA.RANGE 0", ["DATA.RANGE must be of type list"]),
+        ("DATA.RANGE [5,5]", ["DATA.RANGE is [5, 5]", "two numbers [low, high] with low < high"]),
+        ("DATA.RANGE 0,1,2", ["DATA.RANGE is [0, 1, 2]", "two numbers"]),
+        ("MODEL.KWARGS.in_chans 4", ["MODEL.KWARGS.in_chans is 4", "1 (grey images) or 3 (RGB)"]),
+        ("MODEL.KWARGS.in_chans 1 DISTILL.TEACHER vit", ["DISTILL.TEACHER is 'vit'", "teachers see RGB"]),
         ("AMP fp8", ["AMP is 'fp8'", "'bf16'"]),
         ("TRAIN.EPOCHS", ["'TRAIN.EPOCHS' has no value"]),
         ("TRAIN.EMA_DECAY 1.0", ["TRAIN.EMA_DECAY is 1.0"]),
@@ -95,14 +104,26 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
         load_config(path)
 
 
+def test_what_may_be_open(tmp_path):
+    """Given and taken back, from files and on the command line, and in a saved config."""
+    path = write(tmp_path / "a.yaml", {"DATA": {"BATCH_SIZE": 8, "NUM_WORKERS": None, "RANGE": [0, 4095]}})
+    cfg = load_config(path, ["DATA.NUM_WORKERS", "0", "MODEL.NUM_CLASSES", "7"])
+    assert (cfg.DATA.BATCH_SIZE, cfg.DATA.NUM_WORKERS, cfg.MODEL.NUM_CLASSES) == (8, 0, 7)
+    again = load_config(path, ["DATA.BATCH_SIZE", "None", "DATA.RANGE", "-1.5,1"])
+    assert (again.DATA.BATCH_SIZE, again.DATA.NUM_WORKERS, again.MODEL.NUM_CLASSES) == (None, None, None)
+    assert again.DATA.RANGE == [-1.5, 1] and parse_config(again.dump()) == again and parse_config(cfg.dump()) == cfg
+
+
 def test_model_differences(tmp_path):
     path = write(tmp_path / "a.yaml", {"MODEL": {"KWARGS": {"depths": [1]}}})
     old, new = (
-        load_config(path),
+        load_config(path, ["MODEL.NUM_CLASSES", "1000"]),
         load_config(path, ["MODEL.KWARGS.depths", "[2]", "MODEL.NUM_CLASSES", "5", "SEED", "1"]),
     )
     assert model_differences(old, new) == ["MODEL.NUM_CLASSES: 1000 -> 5", "MODEL.KWARGS.depths: [1] -> [2]"]
     assert model_differences(old, old) == []
+    # a number that is not given will be that of the checkpoint
+    assert model_differences(old, load_config(path)) == []
 
 
 def test_defaults_are_the_published_recipe():

@@ -6,11 +6,13 @@ import io
 import json
 import logging
 import math
+import re
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import termcolor
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -303,8 +305,52 @@ def cfg():
     return cfg
 
 
-def test_lines_without_a_terminal(cfg, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
+@pytest.fixture
+def colours(monkeypatch):
+    """colours(**environment): what termcolor may know of it; None for what is not set."""
+
+    def set_environment(**environment: str | None) -> None:
+        for name in ("ANSI_COLORS_DISABLED", "NO_COLOR", "FORCE_COLOR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        getattr(termcolor.termcolor.can_colorize, "cache_clear", lambda: None)()
+
+    yield set_environment
+    monkeypatch.undo()
+    getattr(termcolor.termcolor.can_colorize, "cache_clear", lambda: None)()
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "coloured"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"NO_COLOR": "1"}, True, False),
+        ({"FORCE_COLOR": "1"}, False, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, True, False),
+    ],
+)
+def test_console_is_coloured_on_a_terminal(environment, terminal, coloured, colours, tmp_path, monkeypatch):
+    class Screen(io.StringIO):
+        def fileno(self) -> int:
+            return -7
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr("os.isatty", lambda number: terminal and number == -7)
+    monkeypatch.setenv("TERM", "xterm")
+    colours(**environment)
+    with RunLog(True) as log:
+        log.open_text(tmp_path)
+        logging.getLogger("ssm_train.trainer").warning("a message")
+    head = r"\x1b\[32m\[[-\d]{10} [:\d]{8} ssm_train.trainer]\x1b\[0m\x1b\[33m\(test_logging.py \d+\)\x1b\[0m: WARNING "
+    assert re.fullmatch(f"{head if coloured else ''}a message\n", screen.getvalue())
+    assert re.fullmatch(r"[-\d]{10} [,:\d]{12} WARNING a message\n", (tmp_path / "log.txt").read_text())
+
+
+def test_lines_without_a_terminal(cfg, tmp_path, capsys, colours):
+    colours()
     with RunLog(True) as log, Progress(MAIN, cfg) as shown:
         log.open_text(tmp_path)
         shown.epoch(2, 50, 10)

@@ -14,6 +14,7 @@ import ssm_models
 from ssm_models.upstream.vmamba_variants import FURTHER_VARIANTS
 from ssm_train.cli import parse_args
 from ssm_train.config.load import FLAG_KEYS, load_config
+from ssm_train.settle import recipe_batch
 from ssm_train.step.model import build_model
 from ssm_train.step.schedule import build_schedule, resolve_rates
 
@@ -23,7 +24,7 @@ SCRIPTS = ROOT / "classification" / "scripts"
 
 # what all published trainings share; rates are those of an update of `batch` images on each of 8 processes
 COMMON = {
-    "classes": 1000, "size": 224, "interpolation": "bicubic", "crop_ratio": 0.875,
+    "classes": None, "size": 224, "interpolation": "bicubic", "crop_ratio": 0.875,
     "optimizer": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "decay_ssm": False, "layer_decay": 1.0,
     "schedule": "cosine", "loss": "ce", "smoothing": 0.1, "accumulation": 1,
     "augment": ("rand-m9-mstd0.5-inc1", 0.5, 0.25, "pixel", 1), "mixing": (0.8, 1.0, None, 1.0, 0.5, "batch"),
@@ -96,7 +97,9 @@ def count(model: nn.Module) -> int:
 def recipe(cfg, processes: int = 8) -> dict:
     """The numbers of a config that a publication would give."""
     train, aug = cfg.TRAIN, cfg.AUG
-    rates = resolve_rates(train, cfg.DATA.BATCH_SIZE * processes * train.ACCUMULATION_STEPS)
+    # on a machine whose memory holds it
+    batch = cfg.DATA.BATCH_SIZE or recipe_batch(processes, None)
+    rates = resolve_rates(train, batch * processes * train.ACCUMULATION_STEPS)
     return {
         "classes": cfg.MODEL.NUM_CLASSES,
         "size": cfg.DATA.IMG_SIZE,
@@ -124,7 +127,7 @@ def recipe(cfg, processes: int = 8) -> dict:
         "three_augment": aug.THREE_AUGMENT,
         "cosub": train.COSUB,
         "teacher": cfg.DISTILL.TEACHER,
-        "batch": cfg.DATA.BATCH_SIZE,
+        "batch": batch,
         "rates": tuple(float(f"{rate:.12g}") for rate in (rates.base, rates.warmup, rates.minimum)),
         "per": train.SCHEDULER.PER,
         "prefix": train.SCHEDULER.WARMUP_PREFIX,
@@ -180,7 +183,7 @@ def test_ablation(name):
 def test_digits(name):
     cfg = load(name)
     assert DIGITS[name] == (cfg.MODEL.NAME, cfg.TRAIN.MESA)
-    assert (cfg.MODEL.NUM_CLASSES, cfg.DATA.IMG_SIZE, cfg.AUG.HFLIP, cfg.AMP) == (10, 32, 0.0, "off")
+    assert (cfg.MODEL.NUM_CLASSES, cfg.DATA.IMG_SIZE, cfg.AUG.HFLIP, cfg.AMP) == (None, 32, 0.0, "off")
     assert on_meta(cfg)(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, 10)
 
 
@@ -191,7 +194,7 @@ def rates_per_epoch(name: str) -> list[float]:
     """Of 8 processes, in the first update of every epoch, with 5 updates in each."""
     train = load(name).TRAIN
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    rates = resolve_rates(train, load(name).DATA.BATCH_SIZE * 8)
+    rates = resolve_rates(train, 8 * (load(name).DATA.BATCH_SIZE or recipe_batch(8, None)))
     optimizer.param_groups[0]["lr"] = rates.base
     schedule = build_schedule(optimizer, train, rates, 5)
     curve = []

@@ -8,8 +8,9 @@ from PIL import Image
 
 from ssm_train.config.defaults import default_config
 from ssm_train.record import report
+from ssm_train.record.curves import curves, draw, read_curves
 from ssm_train.record.logger import RunLog
-from ssm_train.record.report import curves, draw, read_curves, write_report
+from ssm_train.record.report import write_report
 
 
 def train_entry(epoch, iteration, update, **more):

@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
+from ssm_train.common.decode import Decoder
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import load_config
 from ssm_train.data.build import check_same_classes, eval_loader, scan_split, train_loader
 from ssm_train.data.dataset import BadImage, TrainImages, load_image
 from ssm_train.data.sources import FORMATS, cached
-from ssm_train.data.sources.decode import decode_image
 from ssm_train.data.transforms import train_transform
 from tests.classification.formats import (
     SPLITS,
@@ -378,7 +378,7 @@ def test_damaged_row_group(config, image_tree, tmp_path):
     loaded = [load_image(source, index) for index in range(21)]
     assert [index for index, image in enumerate(loaded) if isinstance(image, BadImage)] == list(range(8, 16))
     assert loaded[9].path == f"{path} row 9" and loaded[9].reason
-    assert loaded[20].tobytes() == decode_image(images[20][0].read_bytes()).tobytes()
+    assert loaded[20].tobytes() == Decoder()(images[20][0].read_bytes()).tobytes()
 
 
 def test_image_list_mistakes(refused, config, tmp_path):
@@ -447,9 +447,7 @@ def test_cache(kind, config, image_tree, tmp_path):
         held = load_image(part, index)
         assert isinstance(load_image(source, index), BadImage)
         assert (
-            isinstance(held, BadImage)
-            if index % 2 == 0
-            else held.tobytes() == decode_image(expected[index][0]).tobytes()
+            isinstance(held, BadImage) if index % 2 == 0 else held.tobytes() == Decoder()(expected[index][0]).tobytes()
         )
     # of the 7 validation images of this rank, 3 are in the row group that was read last
     lost = 4 if kind == "parquet" else 7
@@ -531,7 +529,7 @@ def test_random_damage_never_escapes(config, image_tree, tmp_path):
                 outcomes["bad" if isinstance(image, BadImage) else "good"] += 1
                 if kind != "tar" and not isinstance(image, BadImage):
                     # the checksum lets nothing else through
-                    assert image.tobytes() == decode_image(images[index]).tobytes()
+                    assert image.tobytes() == Decoder()(images[index]).tobytes()
     assert outcomes["refused"] > 30 and outcomes["bad"] > 10 and outcomes["good"] > 1000, outcomes
 
 

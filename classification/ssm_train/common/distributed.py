@@ -91,6 +91,11 @@ def is_local_main() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def local_processes() -> int:
+    """How many processes of this run are on this machine, by its launcher; one where there is none."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 @contextlib.contextmanager
 def joined_world(device_name: str, memory_share: float = 0.0) -> Iterator[World]:
     """Join the processes of the launcher, if there is one: torchrun and torch.distributed.launch set the environment.

@@ -1,7 +1,8 @@
-"""What numbers were made with: versions, the commit, memory."""
+"""The machine: what numbers were made with (versions, the commit, memory), cores and memory there are."""
 
 import contextlib
 import functools
+import os
 import platform
 import resource
 import subprocess
@@ -12,8 +13,12 @@ from pathlib import Path
 import timm
 import torch
 
+from ssm_train.common.distributed import local_processes
+
 # distribution name of this repository, when it is installed
 _DISTRIBUTION = "vision-ssm"
+# of containers, by the second and the first version of control groups
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def versions() -> dict[str, str]:
@@ -38,6 +43,23 @@ def _commit() -> str:
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory that this process can have: of the GPU, or its share of the machine's or container's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in _MEMORY_LIMITS:
+        # there is no such file, or it says "max"
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(path.read_text()))
+    return min(limits) // local_processes()
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """Every key of the configuration with its default, and which values make no sense."""
 
+import math
 from typing import Any
 
 from yacs.config import CfgNode as CN
@@ -8,26 +9,30 @@ from ssm_train.common.errors import UserError
 
 
 def default_config() -> CN:
-    """The published ImageNet-1K recipe of VMamba; a YAML names a model and what differs."""
+    """The published ImageNet-1K recipe of VMamba; a YAML names a model and what differs.
+
+    None of OPEN is given: a run settles it by its data or machine, see ssm_train/settle.py.
+    """
     cfg = CN()
     cfg.DATA = CN()
     cfg.DATA.DATA_PATH = ""
     cfg.DATA.DATASET = "folder"  # how DATA_PATH is laid out, see data/sources
     cfg.DATA.CACHE_MODE = "no"  # read bytes when needed (no), or hold a share per rank (part) or all (full) in memory
-    cfg.DATA.BATCH_SIZE = 128  # images per process and micro-step
+    cfg.DATA.BATCH_SIZE = None  # images per process and micro-step; None divides 128 into micro-steps that fit
+    cfg.DATA.RANGE = []  # [low, high], black and white in images of more than 8 bits a channel; [] refuses these
     cfg.DATA.IMG_SIZE = 224
     cfg.DATA.INTERPOLATION = "bicubic"
     cfg.DATA.CROP_RATIO = 0.875  # of the shorter side, kept by validation's centre crop; 1 resizes to the square
     cfg.DATA.REPEATS = 1  # copies of an image in a batch, augmented differently; an epoch has 1/REPEATS of the images
-    cfg.DATA.NUM_WORKERS = 8  # loader processes per training process; 0 loads in the training process
+    cfg.DATA.NUM_WORKERS = None  # loader processes per training process, 0 for none; None: as many as there are cores
     cfg.DATA.MAX_BAD_SHARE = 0.01  # share of unreadable training images above which a run stops
 
     cfg.MODEL = CN()
     cfg.MODEL.NAME = "vmamba_tiny_s1l8"  # any name of timm's registry
-    cfg.MODEL.NUM_CLASSES = 1000
+    cfg.MODEL.NUM_CLASSES = None  # None: as many as the training data have
     cfg.MODEL.DROP_PATH_RATE = 0.1
     cfg.MODEL.LABEL_SMOOTHING = 0.1
-    cfg.MODEL.KWARGS = CN(new_allowed=True)
+    cfg.MODEL.KWARGS = CN(new_allowed=True)  # of these, in_chans 1 trains on grey images
 
     cfg.TRAIN = CN()
     cfg.TRAIN.EPOCHS = 300
@@ -102,12 +107,32 @@ def default_config() -> CN:
     return cfg
 
 
+# integers that may be None
+OPEN = ("DATA.BATCH_SIZE", "DATA.NUM_WORKERS", "MODEL.NUM_CLASSES")
+
+
+def channels(cfg: CN) -> int:
+    """Of the images and the network: 3 for RGB, 1 for grey."""
+    return cfg.MODEL.KWARGS.get("in_chans", 3)
+
+
 def lookup(cfg: CN, key: str) -> Any:
     """The node or value at a dotted key, None where there is none."""
     node: Any = cfg
     for part in key.split("."):
         node = node.get(part) if isinstance(node, CN) else None
     return node
+
+
+def replaced(cfg: CN, values: dict[str, Any]) -> CN:
+    """A frozen copy of the config with other values at dotted keys."""
+    copy = cfg.clone()
+    copy.defrost()
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        lookup(copy, section)[name] = value
+    copy.freeze()
+    return copy
 
 
 _AT_LEAST_1 = (
@@ -180,10 +205,10 @@ def check_config(cfg: CN) -> None:
         if not condition:
             raise UserError(f"config {key} is {lookup(cfg, key)!r}, but it must be {wanted}")
 
-    for key in _AT_LEAST_1:
-        need(key, lookup(cfg, key) >= 1, "at least 1")
-    for key in _AT_LEAST_0:
-        need(key, lookup(cfg, key) >= 0, "0 or larger")
+    for keys, least, wanted in ((_AT_LEAST_1, 1, "at least 1"), (_AT_LEAST_0, 0, "0 or larger")):
+        for key in keys:
+            value = lookup(cfg, key)
+            need(key, (value is None and key in OPEN) or value >= least, wanted)
     for key in _BELOW_1:
         need(key, 0 <= lookup(cfg, key) < 1, "at least 0 and below 1")
     for key in _SHARES:
@@ -198,6 +223,11 @@ def check_config(cfg: CN) -> None:
     minmax = cfg.AUG.CUTMIX_MINMAX
     in_order = minmax is None or (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1)
     need("AUG.CUTMIX_MINMAX", in_order, "None or [low, high] with 0 <= low < high <= 1")
+    need("DATA.RANGE", not cfg.DATA.RANGE or _is_range(cfg.DATA.RANGE), "[] or two numbers [low, high] with low < high")
+    in_chans = channels(cfg)
+    need("MODEL.KWARGS.in_chans", type(in_chans) is int and in_chans in (1, 3), "1 (grey images) or 3 (RGB)")
+    teacher = in_chans != 3 and cfg.DISTILL.TEACHER
+    need("DISTILL.TEACHER", not teacher, f"'' with MODEL.KWARGS.in_chans {in_chans}: teachers see RGB")
     need("DATA.CROP_RATIO", cfg.DATA.CROP_RATIO > 0, "above 0")
     need("DISTILL.TAU", cfg.DISTILL.TAU > 0, "above 0")
     need("TRAIN.MESA", not train.MESA or train.EMA_DECAY > 0, "0 without TRAIN.EMA_DECAY: its teacher is the average")
@@ -206,3 +236,8 @@ def check_config(cfg: CN) -> None:
     shares = cfg.PARALLEL == "fsdp" and cfg.CHANNELS_LAST
     need("PARALLEL", not shares, "'ddp' with CHANNELS_LAST: FSDP cannot split such weights")
     need("TRAIN.COSUB", not train.COSUB or train.LOSS == "bce", "False unless TRAIN.LOSS is bce")
+
+
+def _is_range(values: list[Any]) -> bool:
+    numbers = len(values) == 2 and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    return numbers and values[0] < values[1]

@@ -14,7 +14,7 @@ import yaml
 from yacs.config import CfgNode as CN
 
 from ssm_train.common.errors import UserError
-from ssm_train.config.defaults import check_config, default_config, lookup
+from ssm_train.config.defaults import OPEN, check_config, default_config, lookup
 
 # command-line flag -> config key; a flag that was not given is None and leaves the key alone, so 0 and "" do apply
 FLAG_KEYS = {
@@ -123,6 +123,10 @@ def _convert(value: Any, old: Any, known: bool, key: str, source: str) -> Any:
         value = _literal(value)
     if not known:
         return CN(value) if isinstance(value, dict) else value
+    if key in OPEN:
+        if value is not None and type(value) is not int:
+            raise UserError(f"{source}: {key} must be of type int, or None, not {value!r}")
+        return value
     if isinstance(old, float) and type(value) is int:
         return float(value)
     if isinstance(old, list) and isinstance(value, tuple):
@@ -146,12 +150,12 @@ def _literal(text: str) -> Any:
 
 
 def model_differences(saved: CN, current: CN) -> list[str]:
-    """Keys that describe the network itself and differ, as "KEY: saved -> current"."""
+    """Keys that describe the network itself and differ, as "KEY: saved -> current"; not those that are open now."""
     names = ["NAME", "NUM_CLASSES"]
     lines = [
         f"MODEL.{name}: {saved.MODEL[name]!r} -> {current.MODEL[name]!r}"
         for name in names
-        if saved.MODEL[name] != current.MODEL[name]
+        if current.MODEL[name] not in (None, saved.MODEL[name])
     ]
     for name in sorted({*saved.MODEL.KWARGS, *current.MODEL.KWARGS}):
         before, after = saved.MODEL.KWARGS.get(name), current.MODEL.KWARGS.get(name)

@@ -6,9 +6,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode as CN
 
+from ssm_train.common.decode import Decoder
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.preemption import leave_signals_to_trainer
+from ssm_train.config.defaults import channels
 from ssm_train.data.dataset import EvalImages, Sample, TrainImages, collate
 from ssm_train.data.samplers import EvalBatches, TrainBatches
 from ssm_train.data.sources import FORMATS, ImageSource, cached
@@ -18,7 +20,8 @@ _PREFETCH = 4  # batches per worker that wait for the training: one slow archive
 
 
 def scan_split(cfg: CN, split: str) -> ImageSource:
-    """Index the "train" or "val" images of DATA_PATH, in the format DATASET, and compare the classes with the config.
+    """Index the "train" or "val" images of DATA_PATH, in the format DATASET, and compare the classes with the config;
+    where it has no number of them, there are as many as the data have.
 
     Raises UserError for data that is missing, malformed, dangerous, or has another number of classes.
     """
@@ -32,7 +35,14 @@ def scan_split(cfg: CN, split: str) -> ImageSource:
     root = Path(cfg.DATA.DATA_PATH)
     if not root.is_dir():
         raise UserError(f"--data-path {root} is not a folder; {source.LAYOUT}")
-    return source(root, split, cfg.MODEL.NUM_CLASSES)
+    found = source(root, split, cfg.MODEL.NUM_CLASSES)
+    found.decoder = decoder(cfg)
+    return found
+
+
+def decoder(cfg: CN) -> Decoder:
+    """How the config wants images to be read."""
+    return Decoder(channels(cfg), tuple(cfg.DATA.RANGE) or None)
 
 
 def check_same_classes(train: ImageSource, val: ImageSource) -> None:

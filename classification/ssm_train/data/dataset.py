@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ssm_train.common.decode import UNREADABLE
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.seeding import seed_sample
 from ssm_train.data.samplers import Key
 from ssm_train.data.sources import ImageSource
-from ssm_train.data.sources.decode import UNREADABLE
 from ssm_train.data.transforms import Transform
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class BadImage(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """`image` (3, S, S) fp32, None for an unreadable validation image; `bad` names what could not be read."""
+    """`image` (C, S, S) fp32, None for an unreadable validation image; `bad` names what could not be read."""
 
     image: torch.Tensor | None
     target: int
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    images: torch.Tensor  # (B, 3, S, S) fp32
+    images: torch.Tensor  # (B, C, S, S) fp32
     targets: torch.Tensor  # (B,) int64
     bad: list[BadImage]
     keys: list[Key]  # B, of what was asked for; a replaced training image keeps the key of the bad one
@@ -57,7 +57,7 @@ class TrainImages(Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         bad: list[BadImage] = []
-        image, index = Image.new("RGB", (1, 1)), key.index
+        image, index = self._source.decoder.converted(Image.new("RGB", (1, 1))), key.index
         for offset in range(self._tries):
             index = (key.index + offset) % len(self._source)
             loaded = load_image(self._source, index)
@@ -86,7 +86,7 @@ class EvalImages(Dataset[Sample]):
 
 
 def load_image(source: ImageSource, index: int) -> Image.Image | BadImage:
-    """The decoded RGB image, or why it cannot be had."""
+    """The decoded image, or why it cannot be had."""
     try:
         return source.decode(source.read(index))
     except UNREADABLE as error:
@@ -158,8 +158,10 @@ class BadImages:
             return
         allowed = allowed_bad(self._max_share, self._total)
         if self.count > allowed:
+            (first, reason), *others = self.entries()[:3]
             raise UserError(
                 f"{self.count} of {self._total} training images are unreadable ({self.count / self._total:.2%}), but "
                 f"DATA.MAX_BAD_SHARE {self._max_share:g} allows {allowed} of {self._total}: "
-                f"{', '.join(sorted(self._known)[:3])}, ...; repair or delete them, or raise the share"
+                f"{', '.join([first, *(other.path for other in others)])}, ...; the first one: {reason}; repair or "
+                "delete them, or raise the share"
             )

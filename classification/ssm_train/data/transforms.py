@@ -10,22 +10,30 @@ from torchvision.transforms import InterpolationMode
 from yacs.config import CfgNode as CN
 
 from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import channels
 
 # up to this size (CIFAR, digits) images are shifted by a padded crop instead of being cut out of a larger image
 _SMALL = 32
 _PADDING = 4
 
-Transform = Callable[[Image.Image], torch.Tensor]
+Transform = Callable[[Image.Image], torch.Tensor]  # of an RGB image, or a grey one
+
+# by channels: of ImageNet, and for grey images the means of its three
+STATISTICS = {
+    3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+    1: ((sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)),
+}
 
 
 def train_transform(cfg: CN) -> Transform:
-    """RGB image -> normalised fp32 tensor (3, S, S), augmented by the global python, numpy and torch generators.
+    """Image -> normalised fp32 tensor (C, S, S), augmented by the global python, numpy and torch generators.
 
     AUG.CROP simple and AUG.THREE_AUGMENT are those of DeiT III (Touvron et al. 2022, https://arxiv.org/abs/2204.07118,
     section 3): a random square of the shorter side, and greyscale, solarisation or blur (one of them, always) followed
     by colour jitter. In the way of that paper AUG.REPROB is 0.
     """
     size, aug, mode = cfg.DATA.IMG_SIZE, cfg.AUG, InterpolationMode(cfg.DATA.INTERPOLATION)
+    mean, std = STATISTICS[channels(cfg)]
     try:
         transform = create_transform(
             input_size=size,
@@ -34,6 +42,8 @@ def train_transform(cfg: CN) -> Transform:
             color_jitter=aug.COLOR_JITTER or None,
             auto_augment="3a" if aug.THREE_AUGMENT else aug.AUTO_AUGMENT or None,
             interpolation=cfg.DATA.INTERPOLATION,
+            mean=mean,
+            std=std,
             re_prob=aug.REPROB,
             re_mode=aug.REMODE,
             re_count=aug.RECOUNT,
@@ -53,15 +63,14 @@ def train_transform(cfg: CN) -> Transform:
 
 
 def eval_transform(cfg: CN) -> Transform:
-    """RGB image -> normalised fp32 tensor (3, S, S): shorter side to S / CROP_RATIO and centre crop. With CROP_RATIO 1,
-    and for small S, the whole image is resized to the square."""
+    """Image -> normalised fp32 tensor (C, S, S): shorter side to S / CROP_RATIO and centre crop. With CROP_RATIO 1, and
+    for small S, the whole image is resized to the square."""
     size, mode, ratio = cfg.DATA.IMG_SIZE, InterpolationMode(cfg.DATA.INTERPOLATION), cfg.DATA.CROP_RATIO
     if size <= _SMALL or ratio == 1:
         resize = [transforms.Resize((size, size), mode)]
     else:
         resize = [transforms.Resize(int(size / ratio), mode), transforms.CenterCrop(size)]
-    normalise = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return transforms.Compose([*resize, transforms.ToTensor(), normalise])
+    return transforms.Compose([*resize, transforms.ToTensor(), transforms.Normalize(*STATISTICS[channels(cfg)])])
 
 
 def build_mixup(cfg: CN) -> Mixup | None:

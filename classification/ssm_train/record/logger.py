@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, TextIO
 
 import yaml
+from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
 
 from ssm_train.common.errors import UserError
@@ -28,12 +29,21 @@ class _Console(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(_console_format())
         self.addFilter(lambda record: not getattr(record, "on_bar", False))
 
     @property
     def stream(self) -> TextIO:
         return sys.stdout
+
+
+def _console_format() -> logging.Formatter:
+    """The bare message; where termcolor finds that colours are wanted (a terminal, NO_COLOR, FORCE_COLOR), time and
+    place in front of it in colour, as in Swin's trainer."""
+    head = colored("[%(asctime)s %(name)s]", "green") + colored("(%(filename)s %(lineno)d)", "yellow")
+    if not head.startswith("\x1b"):
+        return logging.Formatter("%(message)s")
+    return logging.Formatter(f"{head}: %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _FileHandler(logging.FileHandler):

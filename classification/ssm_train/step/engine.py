@@ -1,6 +1,6 @@
 """One optimizer update: mix, forward, loss, backward, and whether the result may be taken.
 
-Legend: B images per process and micro-step, S image size, K classes. An update takes ACCUMULATION_STEPS micro-steps on
+Legend: B images per process and micro-step, C channels, S image size, K classes. An update takes ACCUMULATION_STEPS micro-steps on
 every process.
 """
 
@@ -60,7 +60,7 @@ class Training:
 
 
 def training_loss(run: Training, images: torch.Tensor, targets: torch.Tensor, *, mesa: bool = False) -> torch.Tensor:
-    """Mix the batch, run the network, return the mean fp32 loss. images (B, 3, S, S), targets (B,).
+    """Mix the batch, run the network, return the mean fp32 loss. images (B, C, S, S), targets (B,).
 
     With `mesa` the averaged weights predict the same mixed batch, and the criterion draws the network towards that.
     """

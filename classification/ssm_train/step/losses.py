@@ -1,6 +1,6 @@
 """What training minimises: cross-entropies, and three teachers (another network, the averaged weights, one's twin).
 
-Legend: B images of a micro-step, S image size, K classes.
+Legend: B images of a micro-step, C channels, S image size, K classes.
 """
 
 from collections.abc import Callable
@@ -88,7 +88,7 @@ class Criterion:
         targets: torch.Tensor,
         average_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """images (B, 3, S, S), logits (copies * B, K) in fp32, targets (B,) classes or (B, K) probabilities, already
+        """images (B, C, S, S), logits (copies * B, K) in fp32, targets (B,) classes or (B, K) probabilities, already
         smoothed, average_logits (B, K) in fp32 where MESA is active -> scalar."""
         loss = self._base(logits, targets)
         if self._teacher is not None:

@@ -4,12 +4,13 @@ import difflib
 from pathlib import Path
 
 import timm
-from timm.models._manipulate import group_with_matcher
+from timm.models._manipulate import adapt_input_conv, group_with_matcher
 from torch import nn
 from yacs.config import CfgNode as CN
 
 import ssm_models
 from ssm_train.common.errors import UserError
+from ssm_train.config.defaults import channels, replaced
 from ssm_train.record.checkpoint import META, read_checkpoint
 
 # the mark of modules that stay in evaluation mode
@@ -34,10 +35,9 @@ def build_model(cfg: CN) -> nn.Module:
     """
     name = cfg.MODEL.NAME
     check_model_name(name, "MODEL.NAME")
+    classes = {} if cfg.MODEL.NUM_CLASSES is None else {"num_classes": cfg.MODEL.NUM_CLASSES}
     try:
-        model = timm.create_model(
-            name, num_classes=cfg.MODEL.NUM_CLASSES, drop_path_rate=cfg.MODEL.DROP_PATH_RATE, **cfg.MODEL.KWARGS
-        )
+        model = timm.create_model(name, drop_path_rate=cfg.MODEL.DROP_PATH_RATE, **classes, **cfg.MODEL.KWARGS)
     except (TypeError, ValueError) as error:
         if "drop_path_rate" in str(error):
             raise UserError(f"model {name} has no paths to drop: it cannot be trained here ({error})") from error
@@ -65,6 +65,28 @@ def load_pretrained(model: nn.Module, path: Path, new_head: bool = False, option
             message += f"; --new-head keeps{hint}"
         raise UserError(message) from error
     return path
+
+
+def start_from(model: nn.Module, cfg: CN, path: Path, new_head: bool = False) -> Path:
+    """`load_pretrained`; a grey network takes the weights of one for RGB, too, with the filters of its first layer
+    summed over the colours: for a grey image in RGB they give the same (timm's rule)."""
+    try:
+        return load_pretrained(model, path, new_head)
+    except UserError as error:
+        if channels(cfg) == 3:
+            raise
+        colour = build_model(replaced(cfg, {"MODEL.KWARGS.in_chans": 3}))
+        try:
+            file = load_pretrained(colour, path, new_head)
+        except UserError:
+            raise error from None
+    own = model.state_dict()
+    weights = {
+        name: value if value.shape == own[name].shape else adapt_input_conv(channels(cfg), value)
+        for name, value in colour.state_dict().items()
+    }
+    model.load_state_dict(weights)
+    return file
 
 
 def freeze(model: nn.Module, cfg: CN) -> None:

@@ -11,6 +11,7 @@ from yacs.config import CfgNode as CN
 
 from ssm_train.common.distributed import World
 from ssm_train.common.precision import autocast
+from ssm_train.config.defaults import channels
 from ssm_train.step.engine import Training, take_update, training_loss
 from ssm_train.step.model import set_train_mode
 
@@ -41,7 +42,7 @@ def training_speed(run: Training, cfg: CN, world: World) -> float:
 
 
 def _images(cfg: CN, device: torch.device) -> torch.Tensor:
-    images = torch.randn(cfg.DATA.BATCH_SIZE, 3, cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=device)
+    images = torch.randn(cfg.DATA.BATCH_SIZE, channels(cfg), cfg.DATA.IMG_SIZE, cfg.DATA.IMG_SIZE, device=device)
     return images.to(memory_format=torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format)
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ssm_train.common.decode import Decoder
 from ssm_train.common.errors import UserError
-from ssm_train.data.sources.decode import decode_image
 
+# a larger label is a mistake, and no reason for a classifier of its size
+_MOST_CLASSES = 1_000_000
 # an encoded image above this is a bad image: reading or unpacking it could fill the memory
 _LARGEST_IMAGE_BYTES = 2**28
 _SHARD_OF = re.compile(r"^(.*)-(\d+)-of-(\d+)(\..*)$")
@@ -25,13 +27,14 @@ class ImageSource(ABC):
 
     `root` is what messages call it, `classes` the names that labels are positions in, `targets` the labels (n,) int64.
     A format is made by `Format(root, split, num_classes)`: it indexes the split ("train" or "val") of the folder `root`
-    and raises UserError for what cannot be used; its LAYOUT says what must be there.
+    and raises UserError for what cannot be used; its LAYOUT says what must be there. Where `num_classes` is None, there
+    are as many as the data have. `decoder` may be replaced.
     """
 
     CLASS = "class"  # what messages call one
 
     def __init__(self, root: Path, classes: list[str], targets: Sequence[int]) -> None:
-        self.root, self.classes = root, classes
+        self.root, self.classes, self.decoder = root, classes, Decoder()
         self.targets = np.asarray(targets, np.int64)
 
     def __len__(self) -> int:
@@ -46,8 +49,8 @@ class ImageSource(ABC):
         """The encoded image. Raises one of `decode.UNREADABLE`."""
 
     def decode(self, data: bytes) -> Image.Image:
-        """What `read` gave, as an RGB image. Raises one of `decode.UNREADABLE`."""
-        return decode_image(data)
+        """What `read` gave, as an 8-bit image in the decoder's channels. Raises one of `decode.UNREADABLE`."""
+        return self.decoder(data)
 
 
 class PackedNames(Sequence[str]):
@@ -98,19 +101,26 @@ def check_member(name: str, archive: Path) -> None:
         )
 
 
-def check_label(label: object, num_classes: int, where: str) -> int:
+def check_label(label: object, num_classes: int | None, where: str) -> int:
     """The label, if it is an integer from 0 to `num_classes` - 1. Raises UserError, which starts with `where`."""
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
+    end = _MOST_CLASSES if num_classes is None else num_classes
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < end:
+        known = "" if num_classes is None else f"MODEL.NUM_CLASSES is {num_classes}, so "
         raise UserError(
-            f"{where} has the label {label!r}, but MODEL.NUM_CLASSES is {num_classes}, so labels are integers from 0 "
-            f"to {num_classes - 1}: correct the label or use --opts MODEL.NUM_CLASSES"
+            f"{where} has the label {label!r}, but {known}labels are integers from 0 to {end - 1}: correct the label "
+            "or use --opts MODEL.NUM_CLASSES"
         )
     return label
 
 
-def check_class_count(where: Path, count: int, num_classes: int, noun: str) -> None:
-    """UserError unless the data has as many classes as the model."""
-    if count != num_classes:
+def numbered_classes(targets: Sequence[int], num_classes: int | None) -> list[str]:
+    """Names of classes that have numbers alone, up to the largest label where nobody says how many there are."""
+    return [str(label) for label in range(int(np.max(targets, initial=-1)) + 1 if num_classes is None else num_classes)]
+
+
+def check_class_count(where: Path, count: int, num_classes: int | None, noun: str) -> None:
+    """UserError where the data has another number of classes than the model."""
+    if num_classes is not None and count != num_classes:
         raise UserError(
             f"{where} holds {count} {noun}, but MODEL.NUM_CLASSES is {num_classes}: "
             f"use --opts MODEL.NUM_CLASSES {count} or another --data-path"
@@ -123,8 +133,8 @@ def check_no_class_is_empty(source: ImageSource) -> None:
     if len(empty):
         more = f" (nor of {len(empty) - 1} others)" if len(empty) > 1 else ""
         raise UserError(
-            f"{source.root} holds no image of class {source.classes[empty[0]]!r}{more}: add some or lower "
-            "MODEL.NUM_CLASSES"
+            f"{source.root} holds no image of class {source.classes[empty[0]]!r}{more}: add some, number the classes "
+            "without gaps or lower MODEL.NUM_CLASSES"
         )
 
 

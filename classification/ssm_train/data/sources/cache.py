@@ -5,9 +5,9 @@ import logging
 import numpy as np
 from PIL import Image
 
+from ssm_train.common.decode import UNREADABLE
 from ssm_train.common.distributed import World
 from ssm_train.data.sources.base import ImageSource
-from ssm_train.data.sources.decode import UNREADABLE
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class CachedSource(ImageSource):
 
     def __init__(self, source: ImageSource, indices: range) -> None:
         super().__init__(source.root, source.classes, source.targets)
-        self.CLASS, self._source = source.CLASS, source
+        self.CLASS, self.decoder, self._source = source.CLASS, source.decoder, source
         self._spans = np.full((len(source), 2), -1, np.int64)
         self._buffer = bytearray()
         for index in indices:

@@ -28,7 +28,7 @@ class CifarSource(ImageSource):
     NAMES: str
     LABEL_BYTES: int
 
-    def __init__(self, root: Path, split: str, num_classes: int) -> None:
+    def __init__(self, root: Path, split: str, num_classes: int | None) -> None:
         folder = root / self.FOLDER if (root / self.FOLDER).is_dir() else root
         files = [folder / name for name in self.FILES[split]]
         for path in files:
@@ -49,7 +49,7 @@ class CifarSource(ImageSource):
                 raise UserError(f"{path} is damaged: its size is no multiple of {record} bytes; download it again")
             labels.append(content.reshape(-1, record)[:, self.LABEL_BYTES - 1].astype(np.int64))
             largest = int(labels[-1].argmax())
-            check_label(int(labels[-1][largest]), num_classes, f"{path} record {largest}")
+            check_label(int(labels[-1][largest]), len(names), f"{path} record {largest}")
         super().__init__(folder, names, np.concatenate(labels))
         self._files = files
         self._starts = np.cumsum([0, *map(len, labels)])
@@ -69,7 +69,7 @@ class CifarSource(ImageSource):
 
     def decode(self, data: bytes) -> Image.Image:
         planes = np.frombuffer(data, np.uint8).reshape(3, _SIDE, _SIDE)
-        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+        return self.decoder.converted(Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))))
 
 
 class Cifar10Source(CifarSource):

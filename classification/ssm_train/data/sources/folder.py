@@ -14,7 +14,7 @@ class FolderSource(ImageSource):
     LAYOUT = "it must hold train/<class>/*.png|jpg|... and val/<class>/*.png|jpg|..."
     CLASS = "class folder"
 
-    def __init__(self, root: Path, split: str, num_classes: int) -> None:
+    def __init__(self, root: Path, split: str, num_classes: int | None) -> None:
         folder = root / split
         if not folder.is_dir():
             raise UserError(f"--data-path {root} has no folder {split!r}; {self.LAYOUT}")

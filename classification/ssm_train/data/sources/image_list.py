@@ -10,6 +10,7 @@ from ssm_train.data.sources.base import (
     check_label,
     check_member,
     find_files,
+    numbered_classes,
     read_range,
 )
 
@@ -22,7 +23,7 @@ class ImageListSource(ImageSource):
 
     LAYOUT = 'it must hold train.json and val.json (or *_map_train.txt, *_map_val.txt) with [["path", label], ...]'
 
-    def __init__(self, root: Path, split: str, num_classes: int) -> None:
+    def __init__(self, root: Path, split: str, num_classes: int | None) -> None:
         path, *others = find_files(root, (f"{split}.json", f"*_map_{split}.txt"), self.LAYOUT)
         if others:
             raise UserError(f"--data-path {root} has both {path.name} and {others[0].name}: remove one")
@@ -38,7 +39,7 @@ class ImageListSource(ImageSource):
                 raise UserError(f'{path} entry {number} is {str(entry)[:80]}, but it must be ["path", label]')
             check_member(entry[0], path)
             targets.append(check_label(entry[1], num_classes, f"{path} entry {number}"))
-        super().__init__(path, [str(label) for label in range(num_classes)], targets)
+        super().__init__(path, numbered_classes(targets, num_classes), targets)
         self._folder, self._names = root, PackedNames(name for name, _ in entries)
 
     def name(self, index: int) -> str:

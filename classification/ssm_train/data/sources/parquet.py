@@ -15,6 +15,7 @@ from ssm_train.data.sources.base import (
     check_no_class_is_empty,
     check_size,
     find_files,
+    numbered_classes,
 )
 
 _LARGEST_GROUP_BYTES = 2**30
@@ -32,7 +33,7 @@ class ParquetSource(ImageSource):
 
     LAYOUT = "it must hold train*.parquet and val*.parquet (or validation*, test*), itself or in data/"
 
-    def __init__(self, root: Path, split: str, num_classes: int) -> None:
+    def __init__(self, root: Path, split: str, num_classes: int | None) -> None:
         splits = ("train",) if split == "train" else ("val", "validation", "test")
         patterns = [f"{folder}{name}[-_.]*parquet" for name in splits for folder in ("", "data/")]
         files = find_files(root, patterns, self.LAYOUT)
@@ -43,15 +44,14 @@ class ParquetSource(ImageSource):
             if number and names != classes:
                 raise UserError(f"{path} has other class names than {files[0]}: use files of one data set")
             classes = names
-            outside = (new_labels < 0) | (new_labels >= num_classes)
-            if outside.any():
-                row = int(outside.argmax())
+            for row in (new_labels.argmin(), new_labels.argmax()) if len(new_labels) else ():
                 check_label(int(new_labels[row]), num_classes, f"{path} row {row}")
             labels.append(new_labels)
             groups += [(number, group, size) for group, size in enumerate(sizes)]
         if classes is not None:
             check_class_count(where, len(classes), num_classes, "classes")
-        super().__init__(where, classes or [str(label) for label in range(num_classes)], np.concatenate(labels))
+        targets = np.concatenate(labels)
+        super().__init__(where, classes or numbered_classes(targets, num_classes), targets)
         self._files = files
         self._groups = np.array(groups, np.int64).reshape(-1, 3)  # file, row group in it, rows
         self._starts = np.cumsum([0, *self._groups[:, 2]])  # of the groups, as an index of all images

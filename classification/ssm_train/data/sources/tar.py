@@ -18,6 +18,7 @@ from ssm_train.data.sources.base import (
     check_member,
     check_no_class_is_empty,
     find_files,
+    numbered_classes,
     read_range,
 )
 
@@ -52,7 +53,7 @@ class TarSource(ImageSource):
     )
     CLASS = "class folder"
 
-    def __init__(self, root: Path, split: str, num_classes: int) -> None:
+    def __init__(self, root: Path, split: str, num_classes: int | None) -> None:
         names = ("train",) if split == "train" else ("val", "validation")
         patterns = [f"{name}{rest}" for name in names for rest in (".tar", "[-_]*.tar", "/*.tar")]
         patterns += [f"*[-_]{name}[-_]*.tar" for name in names]
@@ -70,7 +71,7 @@ class TarSource(ImageSource):
             raise UserError(f"{where} holds no images ({', '.join(IMG_EXTENSIONS)})")
         if any(_key(image) in labels for image in images):
             targets = _sample_labels(images, labels, shards, num_classes)
-            classes = [str(label) for label in range(num_classes)]
+            classes = numbered_classes(targets, num_classes)
         else:
             images, classes, targets = _class_folders(images, shards, names)
             check_class_count(where, len(classes), num_classes, "class folders")
@@ -155,7 +156,7 @@ def _read_label(path: Path, member: _Image) -> int | None:
 
 
 def _sample_labels(
-    images: list[_Image], labels: dict[tuple[int, str], int | None], shards: list[Path], num_classes: int
+    images: list[_Image], labels: dict[tuple[int, str], int | None], shards: list[Path], num_classes: int | None
 ) -> list[int]:
     """One label for every image, one image for every label. Raises UserError."""
     targets = []

@@ -16,6 +16,7 @@ from ssm_train.data.sources.base import (
     check_member,
     check_no_class_is_empty,
     check_size,
+    numbered_classes,
 )
 
 _DAMAGED = (zipfile.BadZipFile, OSError, EOFError, ValueError, struct.error, NotImplementedError, OverflowError)
@@ -32,7 +33,7 @@ class ZipSource(ImageSource):
 
     LAYOUT = 'it must hold train.zip, val.zip, and train_map.txt, val_map.txt with lines "path/in/zip<TAB>label"'
 
-    def __init__(self, root: Path, split: str, num_classes: int) -> None:
+    def __init__(self, root: Path, split: str, num_classes: int | None) -> None:
         archive, map_file = root / f"{split}.zip", root / f"{split}_map.txt"
         for path in (archive, map_file):
             if not path.is_file():
@@ -42,7 +43,7 @@ class ZipSource(ImageSource):
         for name in names:
             if name not in members:
                 raise UserError(f"{map_file} lists {name!r}, which is not in {archive}: make both from the same tree")
-        super().__init__(archive, [str(label) for label in range(num_classes)], targets)
+        super().__init__(archive, numbered_classes(targets, num_classes), targets)
         self._names = PackedNames(names)
         self._where = np.array([members[name] for name in names], np.int64)
         check_no_class_is_empty(self)
@@ -95,7 +96,7 @@ def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
     return members
 
 
-def _read_map(path: Path, num_classes: int) -> tuple[list[str], list[int]]:
+def _read_map(path: Path, num_classes: int | None) -> tuple[list[str], list[int]]:
     names, targets = [], []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

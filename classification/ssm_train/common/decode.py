@@ -1,0 +1,149 @@
+"""Encoded bytes -> 8-bit image, grey or RGB, and what counts as unreadable.
+
+Images of more than 8 bits a channel say nowhere which of their values are black and white: 12-bit data in a 16-bit file
+would be nearly black, floats constant. So they are read with a stated range (DATA.RANGE) or not at all.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_png
+
+# Only these: Pillow would hand an EPS file to Ghostscript, which runs programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+# What Pillow's readers also raise when a damaged header sends them astray. Not MemoryError, which says nothing about
+# the image.
+_ASTRAY = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+
+# what files and Pillow raise for missing, truncated, malformed and absurdly large images, and for those that need a
+# range and have none
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
+
+
+class Decoder(NamedTuple):
+    """How the images of a data set are read: decoder(bytes) -> image.
+
+    channels: 3 for RGB, 1 for grey (luma of ITU-R 601).
+    range: (low, high), the values of black and white in images of more than 8 bits a channel; None refuses these.
+    option: what messages call the range.
+    """
+
+    channels: int = 3
+    range: tuple[float, float] | None = None
+    option: str = "DATA.RANGE"
+
+    def __call__(self, data: bytes) -> Image.Image:
+        """The image in 8 bits. Alpha and palette transparency are dropped, nothing is rotated; of more than 8 bits,
+        values are scaled as float64, (value - low) / (high - low), clipped to 0..1 and rounded to 8 bits.
+
+        Raises one of UNREADABLE, also above Pillow's limit of pixels.
+        """
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata, of transparency and, before its limit is doubled, of too many pixels
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            try:
+                with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                    kind = _kind(image)
+                    return self.converted(self._scaled(image, data, kind) if kind else image)
+            except UnidentifiedImageError:
+                # its message names the address of the buffer
+                raise ValueError(f"not an image of a known format ({', '.join(_FORMATS)})") from None
+            except _ASTRAY as error:
+                raise ValueError(f"Pillow cannot read it ({type(error).__name__}: {error})") from error
+
+    def converted(self, image: Image.Image) -> Image.Image:
+        """An 8-bit image of any mode in the decoder's channels."""
+        rgb = image.convert("RGB")
+        return rgb.convert("L") if self.channels == 1 else rgb
+
+    def _scaled(self, image: Image.Image, data: bytes, kind: str) -> Image.Image:
+        """An image of more than 8 bits in 8, grey or RGB."""
+        if self.range is None:
+            raise ValueError(
+                f"{kind} has more than 8 bits a channel: say which values are black and white by {self.option}, e.g. "
+                "0,4095 for 12 bits"
+            )
+        low, high = self.range
+        values = _deep_values(image, data, kind)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{kind} with values that are not finite")
+        if values.min() < values.max() and (values.max() <= low or values.min() >= high):
+            raise ValueError(
+                f"its values, {values.min():g} to {values.max():g}, are outside of {self.option} {low:g} to {high:g}"
+            )
+        shares = ((values - low) / (high - low)).clip(0, 1)
+        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            shares = 1 - shares
+        return Image.fromarray(np.round(255 * shares).astype(np.uint8))
+
+
+def deep_kind(data: bytes) -> str:
+    """What messages call an image of more than 8 bits a channel; "" for any other, and for what is no image. Reads the
+    header alone."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                return _kind(image)
+    except (*UNREADABLE, *_ASTRAY):
+        return ""
+
+
+def _kind(image: Image.Image) -> str:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return f"an image of mode {image.mode}"
+    # of 16-bit colour Pillow gives the high bytes, in a mode of 8 bits
+    deep = False
+    if image.format == "TIFF":
+        deep = max(image.tag_v2.get(_BITS, (1,))) > 8
+    elif image.format == "PNG":
+        deep = ";16" in image.tile[0][3]
+    elif image.format == "PPM":
+        deep = _largest_value(image) > 255
+    return f"a 16-bit {image.mode} image" if deep else ""
+
+
+def _largest_value(image: Image.Image) -> int:
+    """What a PGM or PPM file that is not loaded yet states, where Pillow will scale by it; else 255."""
+    codec, _, _, arguments = image.tile[0]
+    return arguments[1] if codec in ("ppm", "ppm_plain") else 255
+
+
+def _deep_values(image: Image.Image, data: bytes, kind: str) -> np.ndarray:
+    """The values in the file of an image of more than 8 bits: (H, W), or (H, W, 3), float64."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        if image.format != "PNG":
+            raise ValueError(f"{kind} is read from PNG alone, not from {image.format}")
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        planes = decode_png(encoded, ImageReadMode.UNCHANGED).numpy().astype(np.float64)  # (C, H, W)
+        # the last one of 2 and of 4 is alpha
+        return planes[0] if len(planes) < 3 else planes[:3].transpose(1, 2, 0)
+    largest = _largest_value(image) if image.format == "PPM" else 255
+    values = np.asarray(image)
+    if largest > 255:
+        # Pillow has made 65535 of the largest value that the file states
+        return np.round(values * (largest / 65535))
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (_UNSIGNED,)) == (_UNSIGNED,):
+        values = values.view(np.uint32)
+    return values.astype(np.float64)

@@ -1,0 +1,107 @@
+"""What the config leaves open (config.defaults.OPEN), settled by the data and the machine, each in one line of the log.
+
+classes   as many as the training data have; with --eval, as the checkpoint or the validation data have; of a network
+          alone (--throughput, --traincost), its own number.
+workers   the cores this process may use, divided by the processes of its machine, 8 at most. No result depends on it.
+batch     RECIPE_BATCH images per process and update, or fewer where the data have fewer, in micro-steps of the largest
+          power of two for which what the backward pass keeps of the images takes at most half of the memory (of the
+          GPU; else of the machine, divided by its processes). So the update, and with it the learning rate, is that of
+          the published recipes on small machines, too.
+
+What was settled stands in config.yaml and in every checkpoint. A run that is resumed takes classes and batch from there
+and counts its workers anew.
+"""
+
+import logging
+
+import timm
+from yacs.config import CfgNode as CN
+
+from ssm_train.common.distributed import World, local_processes
+from ssm_train.common.machine import memory_bytes, usable_cores
+from ssm_train.common.precision import resolve_amp
+from ssm_train.config.defaults import replaced
+from ssm_train.config.load import parse_config
+from ssm_train.record.checkpoint import Checkpoint
+from ssm_train.step.memory import kept_bytes
+from ssm_train.step.model import check_model_name
+
+_log = logging.getLogger(__name__)
+
+RECIPE_BATCH = 128
+_SMALLEST_BATCH = 2  # mixup makes pairs
+_MOST_WORKERS = 8
+_MEMORY_SHARE = 0.5
+
+
+def asked_batch(cfg: CN) -> list[int | None]:
+    """What the user says of the batch; a checkpoint keeps it beside what became of it."""
+    return [cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS]
+
+
+def as_before(cfg: CN, checkpoint: Checkpoint | None) -> CN:
+    """The config with what the run of `checkpoint` settled. Who says something else of the batch gets that."""
+    if checkpoint is None:
+        return cfg
+    saved, values = parse_config(checkpoint.meta["config"]), {}
+    if cfg.MODEL.NUM_CLASSES is None:
+        values["MODEL.NUM_CLASSES"] = saved.MODEL.NUM_CLASSES
+    if cfg.DATA.BATCH_SIZE is None and checkpoint.meta["asked_batch"] == asked_batch(cfg):
+        values["DATA.BATCH_SIZE"] = saved.DATA.BATCH_SIZE
+        values["TRAIN.ACCUMULATION_STEPS"] = saved.TRAIN.ACCUMULATION_STEPS
+    return replaced(cfg, values)
+
+
+def with_classes(cfg: CN, count: int) -> CN:
+    """The config with the classes of the data, if it has none."""
+    if cfg.MODEL.NUM_CLASSES is not None:
+        return cfg
+    _log.info("MODEL.NUM_CLASSES is not given: %d, as many as the data have", count)
+    return replaced(cfg, {"MODEL.NUM_CLASSES": count})
+
+
+def with_own_classes(cfg: CN) -> CN:
+    """The config with the classes that the network has by itself, if it has none. UserError for an unknown network."""
+    if cfg.MODEL.NUM_CLASSES is not None:
+        return cfg
+    check_model_name(cfg.MODEL.NAME, "MODEL.NAME")
+    return replaced(cfg, {"MODEL.NUM_CLASSES": timm.get_pretrained_cfg(cfg.MODEL.NAME).num_classes})
+
+
+def with_machine(cfg: CN, world: World, images: int | None = None) -> CN:
+    """The config with workers and batch, if it has none; `images` are those of the training set. All ranks must call
+    it. Raises UserError for a network that cannot be built."""
+    values = {}
+    if cfg.DATA.NUM_WORKERS is None:
+        values["DATA.NUM_WORKERS"] = workers = min(_MOST_WORKERS, usable_cores() // local_processes())
+        _log.info(
+            "DATA.NUM_WORKERS is not given: %d, for %d core(s) and %d process(es) here",
+            workers,
+            usable_cores(),
+            local_processes(),
+        )
+    if cfg.DATA.BATCH_SIZE is None:
+        kept = world.on_main(lambda: kept_bytes(cfg, resolve_amp(cfg.AMP, world.device)))
+        memory = min(world.gather(memory_bytes(world.device)))
+        accumulation = cfg.TRAIN.ACCUMULATION_STEPS
+        update = batch = recipe_batch(world.size * accumulation, images)
+        while batch > _SMALLEST_BATCH and batch * kept > _MEMORY_SHARE * memory:
+            batch //= 2
+        values["DATA.BATCH_SIZE"], values["TRAIN.ACCUMULATION_STEPS"] = batch, accumulation * update // batch
+        _log.info(
+            "DATA.BATCH_SIZE is not given: %d images x %d micro-step(s) per process and update, for %.0f MB an image "
+            "and %.1f GB of memory",
+            batch,
+            accumulation * update // batch,
+            kept / 2**20,
+            memory / 2**30,
+        )
+    return replaced(cfg, values)
+
+
+def recipe_batch(parts: int, images: int | None) -> int:
+    """RECIPE_BATCH, halved until an update of `parts` such batches has enough `images`."""
+    batch = RECIPE_BATCH
+    while images is not None and batch > _SMALLEST_BATCH and batch * parts > images:
+        batch //= 2
+    return batch
