@@ -3,7 +3,7 @@
     FlopCountAnalysis(model, image).set_op_handle(**fvcore_handles()).total()
 
 fvcore traces the model on real tensors. The handles tell it what it does not know: the operators of `ssm_ops`, fused
-attention, and the global average pooling that is written as a mean.
+attention, and VMamba's pooling where it is a mean.
 """
 
 from __future__ import annotations
@@ -45,17 +45,13 @@ def _shape(value: torch._C.Value) -> list[int]:
     return value.type().sizes()
 
 
-def _dims(value: torch._C.Value) -> list[int]:
-    node = value.node()
-    if node.kind() == "prim::ListConstruct":
-        return [dim.toIValue() for dim in node.inputs()]
-    return value.toIValue() or []
-
-
 def _mean(inputs, outputs) -> Counter[str]:
-    """As fvcore counts `adaptive_avg_pool2d`, where it is one: the mean of a map over its two spatial dimensions."""
-    pooled = len(_shape(inputs[0])) == 4 and len(_dims(inputs[1])) == 2
-    return Counter({"mean": prod(_shape(inputs[0])) if pooled else 0})
+    """The mean over a map in VMamba's head: an `AdaptiveAvgPool2d` in its authors' code, which fvcore counts.
+
+    VSSD's authors have an `AdaptiveAvgPool1d` there, which fvcore does not count, and other means are none of pooling.
+    """
+    in_vmamba = "classifier.pool" in outputs[0].node().scopeName()
+    return Counter({"mean": prod(_shape(inputs[0])) if in_vmamba else 0})
 
 
 def _attention(inputs, outputs) -> Counter[str]:

@@ -14,11 +14,6 @@ from ssm_models import fvcore_handles, model_card
 FlopCountAnalysis = pytest.importorskip("fvcore.nn").FlopCountAnalysis
 
 
-def total(model, *inputs, handles):
-    counted = FlopCountAnalysis(model, inputs).set_op_handle(**handles)
-    return counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
-
-
 @pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano"])
 def test_modules_of_small_models(name):
     """The whole tree, in all three conventions."""
@@ -99,12 +94,15 @@ def test_operators_in_any_network(operator, convention, gradients):
     assert unknown == []
 
 
-def test_only_means_over_both_sides_of_a_map_are_pooling():
-    class Means(nn.Module):
-        def forward(self, x):
-            return x.mean((2, 3)), x.mean(1), x.mean((1, 2), keepdim=True), x.flatten(2).mean((1, 2)), x.mean()
-
-    assert total(Means(), torch.rand(1, 2, 3, 5), handles=fvcore_handles()) == 2 * (2 * 3 * 5)
+@pytest.mark.parametrize("name, pooled", [("vmamba_nano", 128 * 2 * 2), ("vssd_nano", 0)])
+def test_pooling_of_a_part_of_a_larger_network(name, pooled):
+    """Channels last it is a mean, which VMamba's tables count and VSSD's do not."""
+    norm = {"norm_layer": "ln"} if name == "vmamba_nano" else {}
+    network = nn.Sequential(timm.create_model(name, **norm).eval(), nn.Linear(10, 3))
+    counted = FlopCountAnalysis(network, torch.rand(1, 3, 32, 32)).set_op_handle(**fvcore_handles())
+    counted.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    assert counted.total() == model_card(network[0], (3, 32, 32)).macs + 10 * 3
+    assert counted.by_operator()["mean"] == pooled
 
 
 def test_the_command_counts_by_fvcore(capsys, monkeypatch):
