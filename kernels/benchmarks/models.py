@@ -3,7 +3,8 @@
 All models are timed on synthetic images (see timing.py), and the table shows the median of the images per second with
 the slowest and fastest run. "inference" is the forward pass in eval mode; "training" is forward, cross-entropy and
 backward in train mode (no stochastic depth), that is the gradients only: no optimizer, no data. bfloat16 means
-autocast, the weights stay float32. Peak memory (CUDA) is that of one step: the model's weights, its gradients and its activations.
+autocast, the weights stay float32. Peak memory (CUDA) is that of one step: the model's weights, its gradients and its
+activations.
 
 --linear times one image at S x S and at 4S x 4S pixels instead; a cost of 16 is linear in the number of pixels. Beside
 the csv comes a PNG.
