@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from analyze import inputs
 from analyze.attention import sources
+from analyze.figures import check_png, save_figure
 from ssm_models.layers.pos_embed import class_token_rows
 from ssm_models.vim import VisionMamba
 from ssm_models.vssd import VSSD
@@ -236,8 +237,7 @@ def size_for(image: Image.Image, model: nn.Module, name: str, shorter: int) -> t
 
 def attnmap(args: argparse.Namespace) -> None:
     """The command. Raises UserError."""
-    if args.out.suffix != ".png":
-        raise UserError(f"--out {args.out} does not end in .png")
+    check_png(args.out)
     device = inputs.find_device(args.device)
     decoder = inputs.image_decoder(args.checkpoint, args.range)
     image = inputs.sample_images(decoder)[_EXAMPLE] if args.image is None else inputs.read_image(args.image, decoder)
@@ -258,8 +258,7 @@ def attnmap(args: argparse.Namespace) -> None:
     h, w = next(iter(maps.values())).shape
     weights = "random weights" if args.checkpoint is None else args.checkpoint.name
     where = f"stage {args.stage}, block {block}: {h}x{w} tokens of {height}x{width} pixels"
-    inputs.make_folder(args.out.parent)
-    draw(found, image, at, f"{name} ({weights})\n{where}").savefig(args.out, dpi=150)
+    save_figure(draw(found, image, at, f"{name} ({weights})\n{where}"), args.out)
     np.savez(args.out.with_suffix(".npz"), **maps, query=(x, y), cell=found.cell)
     print(args.out, args.out.with_suffix(".npz"), sep="\n")
 

@@ -3,7 +3,7 @@
 python analyze/backbone_memory.py [--models vmamba_tiny_s1l8] [--size 800 1280] [--out backbone_memory.csv]
 
 The most that PyTorch had handed out at once for activations, gradients and temporaries during one step in fp32 on one
-image, weights left out; see analyze/tp.py for how it is counted. All outputs of the backbones get a gradient.
+image, weights left out; see analyze/memory.py for how it is counted. All outputs of the backbones get a gradient.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from analyze.inputs import find_device
-from analyze.tp import peak_bytes, write_csv
+from analyze.memory import peak_bytes
+from analyze.tables import write_csv
 from ssm_mm.packages import require
 from ssm_models import DenseBackbone
 from ssm_train.common.command import run
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = measure(args.models, tuple(args.size), find_device(args.device))
         for row in rows:
             print(f"{row['backbone']:24} {row['parameters'] / 1e6:6.1f} M parameters  {row['peak_mib']:8.1f} MiB")
-        write_csv(rows, args.out, _COLUMNS)
+        write_csv(args.out, _COLUMNS, map(dict.values, rows))
         print(args.out)
 
     return run(command)

@@ -26,6 +26,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from analyze import inputs
+from analyze.figures import check_png, save_figure
 from analyze.predict import class_names
 from ssm_models import VisionMamba
 from ssm_models.layers.pos_embed import class_token_rows, split_rows
@@ -184,8 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> None:
-        if args.out.suffix != ".png":
-            raise UserError(f"--out {args.out} does not end in .png")
+        check_png(args.out)
         device = inputs.find_device(args.device)
         name = inputs.model_name(args.model, args.checkpoint)
         model = inputs.load_model(name, args.checkpoint).to(device)
@@ -206,9 +206,8 @@ def main(argv: list[str] | None = None) -> int:
             targets.append(target)
             captions.append(f"{Path(path).name}: {classes[target].split(',')[0]}  {shares[target]:.0%}")
             cams.append({method: compute(model, layer, pixels, target, method) for method in args.methods})
-        inputs.make_folder(args.out.parent)
         figure = draw(list(images.values()), cams, captions, f"{name}, {args.layer or default_layer(model)}")
-        figure.savefig(args.out, dpi=150)
+        save_figure(figure, args.out)
         data = args.out.with_suffix(".npz")
         save(data, list(images), cams, targets)
         print(args.out, data, sep="\n")

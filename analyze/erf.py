@@ -14,7 +14,6 @@ and its share of the image's area; FILE.npz holds the fields.
 """
 
 import argparse
-import csv
 import random
 import sys
 from collections.abc import Callable, Iterable
@@ -28,6 +27,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from analyze import inputs
+from analyze.figures import check_png, colors_of, save_figure
+from analyze.tables import aligned, write_csv
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 from ssm_train.data.digits import write_digits
@@ -36,8 +37,6 @@ THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 _DIGITS = Path("runs/data/digits")  # where quickstart.sh has them, too
 _NANO = ["vmamba_nano", "vim_nano", "vssd_nano"]
 _RANDOM = "random weights"
-# Okabe and Ito's, for all kinds of colour vision
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 
 class Field(NamedTuple):
@@ -169,14 +168,14 @@ def draw(fields: list[Field], names: list[str], count: int) -> Figure:
     bar = above.colorbar(shown, ax=axes, shrink=0.8, aspect=30, ticks=[0, 0.001, 0.01, 0.1, 0.5, 1], format="%g")
     bar.set_label("contribution / largest (power 0.2)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    curves = below.subplots()
+    curves, colors = below.subplots(), colors_of(names)
     for field in fields:
         shares = shares_of_squares(field.values)
         trained = field.weights != _RANDOM
         curves.plot(
             np.minimum(2 * np.arange(len(shares)) + 1, size),
             100 * shares,
-            color=_COLOURS[names.index(field.model) % len(_COLOURS)],
+            color=colors[field.model],
             linestyle="-" if trained else "--",
             label=f"{field.model}, {field.weights}",
         )
@@ -197,18 +196,17 @@ def table(fields: list[Field]) -> str:
     for field in fields:
         cells = [f"{square.side} px ({100 * square.area:.1f} %)" for square in squares(field.values)]
         lines.append([field.model, field.weights, *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(aligned(lines, left=len(heads)))
 
 
-def write_csv(fields: list[Field], path: Path) -> None:
-    """A row per field and threshold."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "weights", "share", "side_px", "area_share"])
-        for field in fields:
-            for square in squares(field.values):
-                writer.writerow([field.model, field.weights, square.share, square.side, square.area])
+_COLUMNS = ("model", "weights", "share", "side_px", "area_share")
+
+
+def rows(fields: list[Field]) -> Iterable[tuple[object, ...]]:
+    """The cells of _COLUMNS, a line per field and threshold."""
+    for field in fields:
+        for square in squares(field.values):
+            yield field.model, field.weights, *square
 
 
 def _jobs(models: list[str], checkpoints: list[str] | None) -> list[tuple[str, Path | None]]:
@@ -225,8 +223,7 @@ def _jobs(models: list[str], checkpoints: list[str] | None) -> list[tuple[str, P
 
 def erf(args: argparse.Namespace) -> None:
     """The command. Raises UserError."""
-    if args.out.suffix != ".png":
-        raise UserError(f"--out {args.out} does not end in .png")
+    check_png(args.out)
     for option in ("size", "num"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}, but it must be at least 1")
@@ -237,9 +234,8 @@ def erf(args: argparse.Namespace) -> None:
     paths = random.Random(args.seed).sample(paths, min(args.num, len(paths)))
     fields = measure(jobs, paths, args.size, device, args.range)
     print(table(fields), end="\n\n")
-    inputs.make_folder(args.out.parent)
-    draw(fields, args.models, len(paths)).savefig(args.out, dpi=150)
-    write_csv(fields, args.out.with_suffix(".csv"))
+    save_figure(draw(fields, args.models, len(paths)), args.out)
+    write_csv(args.out.with_suffix(".csv"), _COLUMNS, rows(fields))
     arrays = {field.model + ("" if field.weights == _RANDOM else "_trained"): field.values for field in fields}
     np.savez(args.out.with_suffix(".npz"), **arrays)
     print(args.out, *(args.out.with_suffix(suffix) for suffix in (".csv", ".npz")), sep="\n")

@@ -1,16 +1,19 @@
 """Parameters and multiply-accumulates (MACs, the "FLOPs" of the papers) of models, beside the published numbers.
 
-python analyze/flops.py [--models NAME ...] [--size H [W]] [--csv flops.csv]
-python analyze/flops.py --tree [DEPTH] --models NAME ... [--size H [W]] [--csv tree.csv]
+python analyze/flops.py [--models NAME ...] [--size H [W]] [--counter fvcore] [--csv flops.csv]
+python analyze/flops.py --tree [DEPTH] --models NAME ... [--size H [W]] [--counter fvcore] [--csv tree.csv]
 
+Models are counted without memory or computation, by PyTorch's FlopCounterMode; --counter fvcore runs them and asks
+fvcore, the counter of the papers, with the handles of `ssm_models.fvcore_handles` for our operators.
 With --tree, the same numbers of every module down to DEPTH that costs anything; "(itself)" is what a module does
 outside of its parts, such as the scan of a mixer.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,8 @@ import timm
 import torch
 from torch import nn
 
+from analyze.tables import aligned, write_csv
+from ssm_models.fvcore_counter import fvcore_macs_by_module
 from ssm_models.model_card import ModelCard, macs_by_module, model_card, registered_models
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
@@ -28,8 +33,31 @@ hardware-aware, recurrence: everything, with scans counted as a prefix scan or a
 official: what the family's own counter gives; published: the number its authors give, at 224x224. They may differ by up
 to 3e-5, for that counter rounds some products to four digits."""
 
+Counts = dict[str, tuple[int, ...]]
+"""Hardware-aware, recurrence and official MACs, by name of the module; "" is the model."""
 
-def count(names: list[str], size: list[int] | None) -> list[ModelCard]:
+
+def pytorch_counts(name: str, input_size: tuple[int, int, int]) -> Counts:
+    """Of the registered model `name`, by PyTorch's counter."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    return macs_by_module(model, input_size)
+
+
+@cache
+def fvcore_counts(name: str, input_size: tuple[int, int, int]) -> Counts:
+    """The same by fvcore."""
+    try:
+        return fvcore_macs_by_module(timm.create_model(name), input_size)
+    except ImportError as error:
+        raise UserError("--counter fvcore needs the package fvcore: pip install fvcore") from error
+
+
+COUNTERS = {"pytorch": pytorch_counts, "fvcore": fvcore_counts}
+_MACS = ("macs", "macs_recurrence", "macs_official")
+
+
+def count(names: list[str], size: list[int] | None, counter: str = "pytorch") -> list[ModelCard]:
     """The cards, at (H, W) or H = W, or each model's own size. Raises ValueError with the offending name or size."""
     if size is not None and len(size) > 2:
         raise ValueError(f"--size {' '.join(map(str, size))} is not H or H W")
@@ -40,9 +68,12 @@ def count(names: list[str], size: list[int] | None) -> list[ModelCard]:
     for name in names:
         height, width = timm.get_pretrained_cfg(name).input_size[1:] if size is None else (size[0], size[-1])
         try:
-            cards.append(model_card(name, (3, height, width)))
+            card = model_card(name, (3, height, width))
         except (ValueError, RuntimeError) as error:  # the latter: PyTorch's, of a map smaller than a convolution
             raise ValueError(f"{name} on {height}x{width} pixels: {error}") from error
+        if counter != "pytorch":
+            card = replace(card, **dict(zip(_MACS, COUNTERS[counter](name, card.input_size)[""], strict=True)))
+        cards.append(card)
     return cards
 
 
@@ -55,11 +86,7 @@ def table(cards: list[ModelCard]) -> str:
 def _aligned(rows: list[tuple[str, ...]], left: int) -> str:
     """Columns of text, the first `left` of them flush left, the first row above a rule."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [rows[0], tuple("-" * width for width in widths), *rows[1:]]
-    flush = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    return "\n".join(
-        "  ".join(put(cell, width) for put, cell, width in zip(flush, line, widths, strict=True)) for line in lines
-    )
+    return "\n".join(aligned([rows[0], ["-" * width for width in widths], *rows[1:]], left))
 
 
 def _row(card: ModelCard) -> tuple[str, ...]:
@@ -68,17 +95,11 @@ def _row(card: ModelCard) -> tuple[str, ...]:
     return card.name, size, f"{card.parameters:,}", *("-" if n is None else f"{n / 1e9:.6f}" for n in macs)
 
 
-def write_csv(cards: list[ModelCard], path: Path) -> None:
+def write_cards(cards: list[ModelCard], path: Path) -> None:
     """Exact numbers; an empty cell where nothing is published."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        macs = ("macs", "macs_recurrence", "macs_official", "macs_published")
-        writer.writerow(["model", "height", "width", "parameters", *macs])
-        for card in cards:
-            writer.writerow(
-                [card.name, *card.input_size[1:], card.parameters, *(getattr(card, column) for column in macs)]
-            )
+    macs = (*_MACS, "macs_published")
+    rows = ((c.name, *c.input_size[1:], c.parameters, *(getattr(c, column) for column in macs)) for c in cards)
+    write_csv(path, ("model", "height", "width", "parameters", *macs), rows)
 
 
 # ---- per module ------------------------------------------------------------------------------------------------------
@@ -101,14 +122,14 @@ class Module(NamedTuple):
         return len(self.path.split(".")) if self.path else 0
 
 
-def tree(name: str, input_size: tuple[int, int, int], depth: int) -> list[Module]:
+def tree(name: str, input_size: tuple[int, int, int], depth: int, counter: str = "pytorch") -> list[Module]:
     """The modules of a registered model down to `depth`, parents first; the numbers of parts add up to their parent's.
 
-    The first is the model, with the numbers of its `model_card`. Left out are modules that have and do nothing counted.
+    The first is the model, with the numbers of its card. Left out are modules that have and do nothing counted.
     """
+    counts = COUNTERS[counter](name, input_size)
     with torch.device("meta"):
         model = timm.create_model(name)
-    counts = macs_by_module(model, input_size)
     found: list[Module] = []
 
     def add(path: str, module: nn.Module, level: int) -> tuple[int, ...]:
@@ -144,12 +165,8 @@ def tree_table(modules: Iterable[Module]) -> str:
 
 def write_tree_csv(trees: dict[str, list[Module]], path: Path) -> None:
     """Exact numbers of every module of every model."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["model", "depth", "module", "type", *Module._fields[2:]])
-        for name, modules in trees.items():
-            writer.writerows([name, module.depth, *module] for module in modules)
+    rows = ((name, module.depth, *module) for name, modules in trees.items() for module in modules)
+    write_csv(path, ("model", "depth", "module", "type", *Module._fields[2:]), rows)
 
 
 # ---- command ---------------------------------------------------------------------------------------------------------
@@ -161,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", metavar="NAME", help="registered names (all)")
     parser.add_argument("--size", type=int, nargs="+", metavar="H [W]", help="of the images (each model's own)")
     parser.add_argument("--tree", type=int, nargs="?", const=2, metavar="DEPTH", help="module by module (to depth 2)")
+    parser.add_argument("--counter", choices=COUNTERS, default="pytorch", help="who counts the MACs (pytorch)")
     parser.add_argument("--csv", type=Path, help="also write the exact numbers to this file")
     args = parser.parse_args(argv)
 
@@ -168,15 +186,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.tree is not None and args.tree < 0:
             raise UserError(f"--tree {args.tree} must be at least 0")
         try:
-            cards = count(args.models or registered_models(), args.size)
+            cards = count(args.models or registered_models(), args.size, args.counter)
         except ValueError as error:
             raise UserError(str(error)) from error
         print(table(cards), LEGEND, sep="\n\n")
-        trees = {card.name: tree(card.name, card.input_size, args.tree) for card in cards if args.tree is not None}
+        shown = cards if args.tree is not None else []
+        trees = {card.name: tree(card.name, card.input_size, args.tree, args.counter) for card in shown}
         for name, modules in trees.items():
             print(f"\n{name}\n{tree_table(modules)}")
         if args.csv:
-            write_tree_csv(trees, args.csv) if trees else write_csv(cards, args.csv)
+            write_tree_csv(trees, args.csv) if trees else write_cards(cards, args.csv)
             print(f"\n{args.csv}")
 
     return run(command)

@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.transforms import functional as TF
@@ -43,6 +43,14 @@ def find_device(name: str) -> torch.device:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device of PyTorch; use cpu or cuda") from error
+
+
+def device_name(device: torch.device) -> str:
+    """What numbers of throughput depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def build_model(name: str, num_classes: int | None = None, arguments: Mapping[str, Any] | None = None) -> nn.Module:
@@ -244,6 +252,19 @@ def add_range_argument(parser: argparse.ArgumentParser) -> None:
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """`items`, with a bar on the terminal (stderr) while they are worked on."""
     return track(items, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+
+
+def progress_bar() -> Progress:
+    """On the terminal (stderr), if there is one; for work in several parts."""
+    return Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
+
+def at_least(lowest: float, **options: float | Iterable[float]) -> None:
+    """UserError for an option with a number below `lowest`."""
+    for name, given in options.items():
+        for value in given if isinstance(given, Iterable) else [given]:
+            if not value >= lowest:
+                raise UserError(f"--{name} {value} must be at least {lowest}")
 
 
 def make_folder(folder: Path) -> Path:

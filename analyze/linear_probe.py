@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from analyze import inputs
 from analyze.features import read_features, read_manifest
+from analyze.figures import check_png, save_figure
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import write_atomic
@@ -155,8 +156,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def command() -> None:
         out = args.out or args.features / "probe.png"
-        if out.suffix != ".png":
-            raise UserError(f"--out {out} does not end in .png")
+        check_png(out)
         if not args.temperature > 0 or args.l2 < 0 or args.epochs < 1:
             raise UserError(
                 f"--temperature {args.temperature:g} and --epochs {args.epochs} must be above 0, "
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs.make_folder(out.parent)
         table = out.with_suffix(".json")
         write_atomic(table, json.dumps(content, indent=1) + "\n")
-        draw(manifest["model"], args.solver, linear, knn, len(val)).savefig(out, dpi=150)
+        save_figure(draw(manifest["model"], args.solver, linear, knn, len(val)), out)
         best = max(knn, key=lambda k: knn[k].top1)
         print(
             f"linear {linear.top1:.2f} %, nearest neighbours {knn[best].top1:.2f} % (k = {best})", out, table, sep="\n"

@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from yacs.config import CfgNode as CN
 from ssm_train.common.command import run
 from ssm_train.common.distributed import World
 from ssm_train.common.preemption import StopRequest
+from ssm_train.common.timing import timed
 from ssm_train.config.defaults import channels
 from ssm_train.config.load import load_config
 from ssm_train.data.dataset import Batch
@@ -81,20 +81,12 @@ def measure(cfg: CN, device: torch.device, updates: int, repeats: int, folder: P
     with RunLog(active=False) as log:
         trainer = Trainer(cfg, world, log, folder, run, loader, loader, loader, StopRequest())
         for _ in range(repeats + 1):
-            bare.append(_timed(lambda: _bare_steps(run, images, targets, updates), device) / updates)
-            loop.append(_timed(lambda: _loop(trainer), device) / updates)
+            bare.append(timed(lambda: _bare_steps(run, images, targets, updates), device) / updates)
+            loop.append(timed(lambda: _loop(trainer), device) / updates)
     # the first pair warmed up
     bare, loop = bare[1:], loop[1:]
     differences = [one - other for one, other in zip(loop, bare, strict=True)]
     return Overhead(*(1e3 * statistics.median(times) for times in (bare, loop, differences)))
-
-
-def _timed(action, device: torch.device) -> float:
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _bare_steps(run: Training, images: torch.Tensor, targets: torch.Tensor, updates: int) -> None:

@@ -9,9 +9,8 @@ are in analyze/logs. The csv holds every number of every log.
 """
 
 import argparse
-import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,13 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from analyze.figures import check_png, colors_of, save_figure
 from analyze.logs import Log, read_log
+from analyze.tables import write_csv
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
-from ssm_train.record.curves import Curves, read_curves, save_curves
-
-# of Okabe and Ito, told apart by colour-blind readers and in grey
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from ssm_train.record.curves import Curves, read_curves
 
 # title, label of the y axis, its scale, {curve: (what it is, line style, unit)}; y is multiplied by the unit
 _PANELS = (
@@ -79,7 +77,7 @@ def draw(logs: Sequence[Log]) -> Figure:
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.0 + 4.2 * columns, 1.0 + 3.4 * rows), layout="constrained")
     figure.get_layout_engine().set(wspace=0.04, hspace=0.04)
-    colors = [_COLORS[number % len(_COLORS)] for number in range(len(logs))]
+    colors = colors_of(range(len(logs))).values()
     for number, (title, label, scale, lines) in enumerate(shown):
         axes = figure.add_subplot(rows, columns, number + 1)
         styles: dict[str, str] = {}
@@ -113,16 +111,15 @@ def _line(axes: Axes, log: Log, key: str, factor: float, **style: str) -> None:
     )
 
 
-def write_csv(logs: Sequence[Log], path: Path) -> None:
-    """A line per number: log, curve, unit of x, x, y; y is empty where it was not finite."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["log", "curve", "unit", "x", "y"])
-        for log in logs:
-            for key, series in log.series.items():
-                for x, y in zip(series.x, series.y, strict=True):
-                    writer.writerow([log.name, key, log.unit, x, "" if y != y else y])
+_COLUMNS = ("log", "curve", "unit", "x", "y")
+
+
+def rows(logs: Sequence[Log]) -> Iterable[tuple[object, ...]]:
+    """The cells of _COLUMNS, a line per number; y is empty where it was not finite."""
+    for log in logs:
+        for key, series in log.series.items():
+            for x, y in zip(series.x, series.y, strict=True):
+                yield log.name, key, log.unit, x, "" if y != y else y
 
 
 def _read_run(folder: Path) -> Curves:
@@ -149,14 +146,11 @@ def main(argv: list[str] | None = None) -> int:
         runs = [_read_run(folder) for folder in args.run]
         logs = [Log(found.name, "epoch", found.series) for found in runs] + [read_log(path) for path in args.log]
         out = args.out or (args.run[0] / "curves.png" if args.run else Path("curves.png"))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if args.log:
-            draw(logs).savefig(out, dpi=120)
-        else:
-            save_curves(runs, out)
+        check_png(out)
+        save_figure(draw(logs) if args.log else curves.draw(runs), out)
         print(out)
         if args.csv:
-            write_csv(logs, args.csv)
+            write_csv(args.csv, _COLUMNS, rows(logs))
             print(args.csv)
 
     return run(command)

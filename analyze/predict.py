@@ -8,9 +8,8 @@ Images are prepared as in the evaluation of the run or, for other weights, of th
 """
 
 import argparse
-import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,9 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from analyze import inputs
+from analyze.figures import check_png, save_figure
 from analyze.predictions import Tile, denormalise, draw_sheet
+from analyze.tables import write_csv
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 from ssm_train.data.build import scan_split
@@ -96,14 +97,14 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
-def write_csv(answers: list[Answer], names: list[str], path: Path) -> None:
-    """A line per image and rank."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "rank", "index", "class", "probability"])
-        for answer in answers:
-            for rank, (index, share) in enumerate(zip(answer.classes, answer.probabilities, strict=True), 1):
-                writer.writerow([answer.image, rank, index, names[index], f"{share:.6f}"])
+_COLUMNS = ("image", "rank", "index", "class", "probability")
+
+
+def rows(answers: list[Answer], names: list[str]) -> Iterable[tuple[object, ...]]:
+    """The cells of _COLUMNS, a line per image and rank."""
+    for answer in answers:
+        for rank, (index, share) in enumerate(zip(answer.classes, answer.probabilities, strict=True), 1):
+            yield answer.image, rank, index, names[index], f"{share:.6f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,8 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     def command() -> None:
         if args.top < 1:
             raise UserError(f"--top is {args.top}, but it must be at least 1")
-        if args.out.suffix != ".png":
-            raise UserError(f"--out {args.out} does not end in .png")
+        check_png(args.out)
         device = inputs.find_device(args.device)
         name = inputs.model_name(args.model, args.checkpoint)
         model = inputs.load_model(name, args.checkpoint).to(device)
@@ -140,11 +140,10 @@ def main(argv: list[str] | None = None) -> int:
             predict(model, transform, images, min(args.top, len(names))), "images", len(paths)
         ):
             answers.append(answer if len(answers) < _ON_SHEET else answer._replace(pixels=answer.pixels.new_empty(0)))
-        inputs.make_folder(args.out.parent)
         title = f"{name}{' with random weights' if args.checkpoint is None else ''}: most probable classes"
-        draw(answers[:_ON_SHEET], names, name, title).savefig(args.out, dpi=150)
+        save_figure(draw(answers[:_ON_SHEET], names, name, title), args.out)
         table = args.out.with_suffix(".csv")
-        write_csv(answers, names, table)
+        write_csv(table, _COLUMNS, rows(answers, names))
         best = answers[0]
         print(f"{best.image}: {names[best.classes[0]]} {best.probabilities[0]:.1%}", args.out, table, sep="\n")
 

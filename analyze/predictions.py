@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from yacs.config import CfgNode as CN
 
+from analyze.figures import check_png, save_figure
+from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import parse_config
 from ssm_train.data.build import scan_split
@@ -124,22 +126,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="PNG to write (predictions.png in the run folder)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args(argv)
-    try:
+
+    def command() -> None:
         if args.count < 1:
             raise UserError(f"--count is {args.count}, but it must be at least 1")
+        out = args.out or args.run / "predictions.png"
+        check_png(out)
         weights, text = best_weights(args.run)
         cfg = parse_config(text).clone()
         cfg.defrost()
         cfg.DATA.DATA_PATH = args.data_path or cfg.DATA.DATA_PATH
-        figure = draw(predict(cfg, weights, args.count, torch.device(args.device)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    out = args.out or args.run / "predictions.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    print(out)
-    return 0
+        save_figure(draw(predict(cfg, weights, args.count, torch.device(args.device))), out)
+        print(out)
+
+    return run(command)
 
 
 if __name__ == "__main__":

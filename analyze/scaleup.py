@@ -7,7 +7,7 @@ python analyze/scaleup.py --logs 224=runs/eval224 384=runs/eval384 [...] [vmamba
 Every checkpoint (of a training here, or a file and its name in --models) is validated on DATA/val at every size, with
 the transforms of its own training or of its authors: where these took whole images (size up to 32, or CROP_RATIO 1),
 images are resized as a whole, elsewhere their centre is cropped. Throughput (inference) and peak memory are measured as
-by analyze/tp.py, all models and sizes in turns. --logs reads accuracies from the metrics.json that
+by analyze/throughput.py, all models and sizes in turns. --logs reads accuracies from the metrics.json that
 `classification/main.py --eval` wrote at the given sizes, from the text of such evaluations by Swin's and VMamba's
 trainers, and, without a size, from what VMamba's own analyze/scaleup.py printed. Beside the picture, which rings the
 size of the training, comes a csv.
@@ -29,20 +29,10 @@ from torchvision.transforms import CenterCrop
 from yacs.config import CfgNode as CN
 
 from analyze import logs
-from analyze.inputs import find_device, load_model, run_config
-from analyze.tp import (
-    PRECISIONS,
-    Result,
-    Variant,
-    at_least,
-    device_name,
-    failure,
-    log_y_axis,
-    measure,
-    progress_bar,
-    size_axis,
-    write_csv,
-)
+from analyze.figures import check_png, colors_of, log_y_axis, save_figure, size_axis
+from analyze.inputs import at_least, device_name, find_device, load_model, progress_bar, run_config
+from analyze.tables import write_csv
+from analyze.throughput import PRECISIONS, Result, Variant, failure, measure
 from ssm_train.common.command import run
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
@@ -73,9 +63,6 @@ COLUMNS = (
     "status",
 )
 Row = dict[str, Any]
-
-# of Okabe and Ito, told apart by colour-blind readers and in grey
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 class Trained(NamedTuple):
@@ -158,7 +145,7 @@ def evaluate(
 
 
 def variants(models: Sequence[Trained], sizes: Sequence[int], batch: int, precision: str) -> list[Variant]:
-    """What `analyze.tp.measure` is to measure; a model is called by its number, as several may have one name."""
+    """What is to be measured; a model is called by its number, as several may have one name."""
     return [
         Variant(str(number), size, batch, precision=precision)
         for number, size in itertools.product(range(len(models)), sizes)
@@ -222,7 +209,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         sources.setdefault((row["model"], row["source"] if row["device"] else "logs"), []).append(row)
     names = [model for model, _ in sources]
     for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for (model, source), color in zip(sources, itertools.cycle(_COLORS), strict=False):
+        for (model, source), color in colors_of(sources).items():
             shown = sorted((row for row in sources[model, source] if row[key] is not None), key=lambda row: row["size"])
             label = model if names.count(model) == 1 else f"{model}, {source}"
             x, y = [row["size"] for row in shown], [row[key] for row in shown]
@@ -272,12 +259,13 @@ def main(argv: list[str] | None = None) -> int:
     def command() -> None:
         at_least(1, sizes=args.sizes, batch=args.batch, rounds=args.rounds)
         at_least(0, seconds=args.seconds, workers=args.workers)
+        check_png(args.out)
         rows = [row for entry in args.logs for row in read_logs(entry)]
         if args.checkpoints:
             rows = _measured(args, find_device(args.device)) + rows
         path = args.out.with_suffix(".csv")
-        write_csv(rows, path, COLUMNS)
-        draw(rows).savefig(args.out, dpi=120)
+        write_csv(path, COLUMNS, map(dict.values, rows))
+        save_figure(draw(rows), args.out)
         _print(rows)
         print(args.out, path, sep="\n")
 
@@ -302,7 +290,7 @@ def _measured(args: argparse.Namespace, device: torch.device) -> list[Row]:
             rounds=args.rounds,
             seconds=args.seconds,
             changed=lambda results: progress.update(
-                timing, completed=sum((r.peak_mib is not None) + len(r.samples) for r in results)
+                timing, completed=sum(result.turns_over(args.rounds) for result in results)
             ),
         )
         rating = progress.add_task("accuracy", total=len(asked))

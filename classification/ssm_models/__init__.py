@@ -7,6 +7,7 @@ from ssm_ops import register_flop_formulas
 from .blocks import NCSSD, SS2D, Mamba, VSSBlock
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from .dense import DenseBackbone, DenseVisionMamba, DenseVSSD, DenseVSSM
+from .fvcore_counter import fvcore_handles
 from .model_card import ModelCard, model_card
 from .upstream import from_upstream
 from .vim import VisionMamba
@@ -28,6 +29,7 @@ __all__ = [
     "VSSBlock",
     "VisionMamba",
     "from_upstream",
+    "fvcore_handles",
     "load_checkpoint",
     "model_card",
     "read_checkpoint",

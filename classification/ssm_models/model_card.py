@@ -68,11 +68,11 @@ def _average_pool(x, *_, out_shape) -> int:
     return 2 * prod(x)
 
 
-def _attention(q, k, v, *_, out_shape) -> int:
+def attention_flops(q, k, v, *_, out_shape) -> int:
     return 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-def _one_head(x, dt, A, B, *_, out_shape) -> int:
+def one_head_flops(x, dt, A, B, *_, out_shape) -> int:
     """B and C are shared by all heads of a group, and fvcore counts a broadcast product by its smaller operand."""
     return 2 * 2 * prod(B) * x[3]
 
@@ -81,7 +81,7 @@ _COMMON: Formulas = {
     aten.native_layer_norm: _layer_norm,
     aten.native_batch_norm: _batch_norm,
     aten._native_batch_norm_legit_no_training: _batch_norm,  # what it becomes in eval mode
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
 }
 """What `FlopCounterMode` does not know."""
 
@@ -101,7 +101,7 @@ _FAMILIES = {
     ),
     "VSSD": _Family(
         "fvcore; the official counter takes the two products of NC-SSD for one head per group instead of all",
-        instead={torch.ops.ssm_ops.nc_ssd_fwd: _one_head},
+        instead={torch.ops.ssm_ops.nc_ssd_fwd: one_head_flops},
     ),
     "VisionMamba": _Family("that of VMamba, as Vim has no counter of its own; RMSNorm, unknown to fvcore, is free"),
 }

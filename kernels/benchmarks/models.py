@@ -1,9 +1,10 @@
 """Throughput of whole models: python kernels/benchmarks/models.py --device cuda --dtype bfloat16 --out models.csv
 
-All models take turns on synthetic images, and the table shows the median of the images per second with the slowest and
-fastest run. "inference" is the forward pass in eval mode; "training" is forward, cross-entropy and backward in train
-mode (no stochastic depth), that is the gradients only: no optimizer, no data. bfloat16 means autocast, the weights stay
-float32. Peak memory (CUDA) is that of one step: the model's weights, its gradients and its activations.
+All models are timed on synthetic images (see timing.py), and the table shows the median of the images per second with
+the slowest and fastest run. "inference" is the forward pass in eval mode; "training" is forward, cross-entropy and
+backward in train mode (no stochastic depth), that is the gradients only: no optimizer, no data. bfloat16 means
+autocast, the weights stay float32. Peak memory (CUDA) is that of one step: the model's weights, its gradients and its
+activations.
 
 --linear times one image at S x S and at 4S x 4S pixels instead; a cost of 16 is linear in the number of pixels. Beside
 the csv comes a PNG.
@@ -20,7 +21,8 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from timing import in_turns, write_csv
+from output import panels, write_csv, write_png
+from timing import measure
 from torch import nn
 
 import ssm_models  # noqa: F401  registers its models in timm
@@ -42,7 +44,7 @@ COLUMNS = (
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", nargs="+", default=["vmamba_tiny_s1l8", "swin_tiny_patch4_window7_224"])
@@ -52,9 +54,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--channels-last", action="store_true", help="also with weights and images in channels_last")
     parser.add_argument("--linear", action="store_true", help="the cost of one image of 4 S x 4 S pixels over S x S")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="turns on the CPU")
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def create(name: str, size: int, device: torch.device) -> nn.Module:
@@ -96,10 +98,10 @@ def peak_mb(model: nn.Module, run, device: torch.device) -> float | str:
     return (torch.cuda.max_memory_allocated(device) - others) / 1e6
 
 
-def measure(
+def measure_models(
     models: dict[tuple[str, str, int], nn.Module], args: argparse.Namespace, passes: tuple[str, ...], batch: int
 ) -> list[dict]:
-    """Rows of all `models`, by (name, layout, size), in all `passes`; they take turns within a pass."""
+    """Rows of all `models`, by (name, layout, size), in all `passes`."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     rows = []
     for label in passes:
@@ -110,7 +112,7 @@ def measure(
             called = torch.compile(model) if args.compile else model
             runs[key] = functools.partial(PASSES[label], called, images, dtype)
             peaks[key] = peak_mb(model, runs[key], device)
-        for (name, layout, size), t in in_turns(runs, args.repeats, device).items():
+        for (name, layout, size), t in measure(runs, args.repeats, device).items():
             speed = (batch / t.median, batch / t.slowest, batch / t.fastest, 1e3 * t.median)
             values = (name, label, size, batch, args.dtype, layout, args.compile, *speed, peaks[name, layout, size])
             rows.append(dict(zip(COLUMNS, values, strict=True)))
@@ -122,17 +124,15 @@ def measure(
                 flush=True,
             )
         write_csv(rows, COLUMNS, args.out)  # what is there stays, should the run be cut short
-        draw(rows, args.out.with_suffix(".png"))
+        draw(rows, args.out)
     return rows
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict], out: Path) -> None:
     """A panel per pass: images per second, slowest and fastest run as error bars."""
-    from matplotlib.figure import Figure
-
     passes = list(dict.fromkeys(row["pass"] for row in rows))
-    figure = Figure(figsize=(9, 0.6 * len(rows) + 1.5 * len(passes)), layout="constrained")
-    for axes, label in zip(figure.subplots(len(passes), 1, squeeze=False)[:, 0], passes, strict=True):
+    figure, found = panels(len(passes), (9, 0.6 * len(rows) + 1.5 * len(passes)))
+    for axes, label in zip(found, passes, strict=True):
         mine = [row for row in rows if row["pass"] == label]
         names = [f"{row['model']}\n{row['layout']}, {row['size']} px" for row in mine]
         median = [row["images_per_second"] for row in mine]
@@ -143,11 +143,11 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set(title=f"{label}, batch {mine[0]['batch']}, {mine[0]['dtype']}, {how}", xlabel="images/s")
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=100)
+    write_png(figure, out)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     device = torch.device(args.device)
     torch.manual_seed(0)
     layouts = tuple(LAYOUTS) if args.channels_last else ("nchw",)
@@ -158,13 +158,13 @@ def main() -> None:
         for layout in layouts:
             models[name, layout, size] = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
     if args.linear:
-        rows = measure(models, args, ("inference",), batch=1)
+        rows = measure_models(models, args, ("inference",), batch=1)
         milliseconds = {(row["model"], row["layout"], row["size"]): row["median_ms"] for row in rows}
         for name, layout in itertools.product(args.models, layouts):
             cost = milliseconds[name, layout, sizes[1]] / milliseconds[name, layout, sizes[0]]
             print(f"{name:30} {layout:13} {sizes[1]} px cost {cost:.1f} times {sizes[0]} px; 16 is linear in pixels")
     else:
-        measure(models, args, tuple(PASSES), args.batch)
+        measure_models(models, args, tuple(PASSES), args.batch)
     print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
 
 

@@ -2,9 +2,9 @@
 
 First the numbers of every implementation are compared with the first one's; one that differs is not timed but reported,
 and the exit status is 1.
-Then all ways to compute a case take turns, forward and forward + backward, and the table shows medians with the fastest
-and slowest run, the bytes that must move, and their rate as a share of the copy bandwidth measured here. Beside the csv
-comes a PNG of the curves.
+Then all ways to compute a case are timed, forward and forward + backward (see timing.py), and the table shows medians
+with the fastest and slowest run, the bytes that must move, and their rate as a share of the copy bandwidth measured
+here. Beside the csv comes a PNG of the curves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 from cases import MAKERS, Case, cases
-from timing import Times, in_turns, timed, write_csv
+from output import panels, write_csv, write_png
+from timing import Times, measure
 
 COLUMNS = (
     "operator",
@@ -33,7 +34,7 @@ COLUMNS = (
 )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ops", nargs="+", choices=MAKERS, default=list(MAKERS))
@@ -41,10 +42,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--state", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="turns on the CPU")
     parser.add_argument("--loop", action="store_true", help="also the token-by-token loop (selective_scan; slow)")
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def gate(case: Case) -> dict[str, float]:
@@ -80,14 +81,15 @@ def time_case(case: Case, names: list[str], repeats: int, device: torch.device) 
     for name in names:
         runs["forward", name] = functools.partial(forward, case.run[name])
         runs["forward+backward", name] = functools.partial(both, case.run[name])
-    return in_turns(runs, repeats, device)
+    return measure(runs, repeats, device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second (read + written) of a large copy: the best of ten."""
+    """Bytes per second (read + written) of a large copy at its best."""
     x = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
     y = torch.empty_like(x)
-    return 2 * x.numel() * x.element_size() / min(timed(lambda: y.copy_(x), device) for _ in range(10))
+    times = measure({"copy": lambda: y.copy_(x)}, 10, device)
+    return 2 * x.numel() * x.element_size() / times["copy"].fastest
 
 
 def rows_of(case: Case, args, device, dtype, bandwidth: float) -> tuple[list[dict], int]:
@@ -116,16 +118,11 @@ def rows_of(case: Case, args, device, dtype, bandwidth: float) -> tuple[list[dic
     return sorted(rows, key=lambda row: row["pass"]), len(wrong)
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict], out: Path) -> None:
     """One panel per operator and pass: milliseconds over the sizes, a line per way."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = sorted({(r["operator"], r["pass"]) for r in rows})
-    figure, axes = plt.subplots(len(panels), 1, figsize=(12, 4 * len(panels)), squeeze=False)
-    for axis, (operator, label) in zip(axes[:, 0], panels, strict=True):
+    kinds = sorted({(r["operator"], r["pass"]) for r in rows})
+    figure, axes = panels(len(kinds), (12, 4 * len(kinds)))
+    for axis, (operator, label) in zip(axes, kinds, strict=True):
         mine = [r for r in rows if (r["operator"], r["pass"]) == (operator, label)]
         for impl in dict.fromkeys(r["impl"] for r in mine):
             points = [r for r in mine if r["impl"] == impl]
@@ -134,12 +131,11 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.tick_params(axis="x", rotation=60, labelsize=7)
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    write_png(figure, out)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
@@ -150,7 +146,7 @@ def main() -> None:
             of_case, wrong = rows_of(case, args, device, dtype, bandwidth)
             rows, n_wrong = rows + of_case, n_wrong + wrong
             write_csv(rows, COLUMNS, args.out)  # what is there stays, should the run be cut short
-        draw(rows, args.out.with_suffix(".png"))
+        draw(rows, args.out)
     print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
     if n_wrong:
         sys.exit(f"{n_wrong} results were wrong, see WRONG above")

@@ -1,12 +1,10 @@
-"""Measuring in turns, and writing the results: what the benchmarks share."""
+"""How the benchmarks measure time: in turns on the CPU, by triton.testing.do_bench on a GPU."""
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -22,31 +20,23 @@ class Times(NamedTuple):
     slowest: float
 
 
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has done what `run` asks for; the device is idle at the start."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def measure(runs: dict[Name, Callable[[], object]], turns: int, device: torch.device) -> dict[Name, Times]:
+    """Times of every run.
 
+    On the CPU they take turns, so what else happens on the machine hits all; the first turn warms up. On a GPU each is
+    repeated for a tenth of a second after its warm-up, with nothing left in the cache of the GPU by the run before.
+    """
+    if device.type == "cuda":
+        from triton.testing import do_bench  # there is no triton where there is no CUDA
 
-def in_turns(runs: dict[Name, Callable[[], object]], repeats: int, device: torch.device) -> dict[Name, Times]:
-    """Times of every run. They take turns, so what else happens on the machine hits all; the first turn warms up."""
+        return {
+            name: Times(*(1e-3 * t for t in do_bench(run, quantiles=[0.5, 0.0, 1.0]))) for name, run in runs.items()
+        }
     taken = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    for turn in range(turns + 1):
         for name, run in runs.items():
-            seconds = timed(run, device)
+            start = time.perf_counter()
+            run()
             if turn > 0:
-                taken[name].append(seconds)
+                taken[name].append(time.perf_counter() - start)
     return {name: Times(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
-
-
-def write_csv(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,6 +1,7 @@
 """Fast scan operators for vision state-space models. `python -m ssm_ops` tells what runs where."""
 
 from ._flops import flop_formulas, register_flop_formulas
+from ._fvcore import fvcore_handles
 from ._library import no_autocast
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
@@ -18,6 +19,7 @@ __all__ = [
     "cross_merge",
     "cross_scan",
     "flop_formulas",
+    "fvcore_handles",
     "nc_ssd",
     "no_autocast",
     "register_flop_formulas",

@@ -3,6 +3,7 @@
 import pytest
 
 from analyze import loop_overhead
+from ssm_train.common import timing
 
 
 class Clock:
@@ -24,7 +25,7 @@ def test_medians_of_pairs(monkeypatch, capsys):
     monkeypatch.setattr(loop_overhead, "_bare_steps", lambda run, images, targets, updates: taken.append("bare"))
     monkeypatch.setattr(loop_overhead, "_loop", lambda trainer: taken.append("loop"))
     lengths = [99, 7, 8, 10, 4, 5, 12, 15]  # bare, loop, bare, loop, ...
-    monkeypatch.setattr(loop_overhead.time, "perf_counter", Clock(lengths))
+    monkeypatch.setattr(timing.time, "perf_counter", Clock(lengths))
     assert loop_overhead.main(["--repeats", "3", "--updates", "2", "--batch-size", "4", "--device", "cpu"]) == 0
     assert taken == ["bare", "loop"] * 4
     # bare 8, 4, 12 s and loop 10, 5, 15 s of two updates each

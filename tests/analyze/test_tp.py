@@ -46,6 +46,10 @@ def run(models, variants, clock, **options):
     return measure(variants, lambda variant: models[variant.model], CPU, clock=clock, **given)
 
 
+def rows_of(results, device):
+    return [dict(zip(tp.COLUMNS, row, strict=True)) for row in tp.table(results, device)]
+
+
 def test_images_per_second_are_exact():
     clock = Clock()
     models = {"a": Costly("a", clock, 0.25), "b": Costly("b", clock, 0.5)}
@@ -66,7 +70,7 @@ def test_median_and_spread():
     model.fails = lambda calls, size: setattr(clock, "now", clock.now + slow.get(calls, 0.0))
     [result] = run({"a": model}, [Variant("a", 2, 8)], clock)
     assert result.samples == [4.0, 1.0, 2.0] and result.images_per_second == 2.0
-    [row] = tp.table([result], "somewhere")
+    [row] = rows_of([result], "somewhere")
     assert (row["slowest"], row["fastest"], row["rounds"], row["device"]) == (1.0, 4.0, 3, "somewhere")
 
 
@@ -165,7 +169,7 @@ def test_failures_are_recorded_and_the_others_go_on():
     results = run(models, variants, clock)
     assert [result.status for result in results] == ["ok", "out of memory", "failed: shapes cannot be", "ok"]
     assert [result.images_per_second for result in results] == [2.0, None, None, 0.5]
-    rows = tp.table(results, "cpu")
+    rows = rows_of(results, "cpu")
     assert [(row["slowest"], row["rounds"]) for row in rows] == [(2.0, 3), (None, 0), (None, 1), (0.5, 3)]
     crosses = [line for line in tp.draw(results, "cpu").axes[0].lines if line.get_marker() == "x"]
     assert sorted(x for line in crosses for x in line.get_xdata()) == [2, 8]

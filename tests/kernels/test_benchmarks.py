@@ -1,6 +1,7 @@
-"""The benchmarks at tiny sizes, each as a user starts it: the numbers in their tables, and how the GPU suite fails."""
+"""The benchmarks at tiny sizes: the numbers in their tables, and how the GPU suite fails."""
 
 import csv
+import importlib
 import os
 import shutil
 import subprocess
@@ -21,10 +22,21 @@ def start(command, **env) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
-def table(script: str, out: Path, *options) -> list[dict[str, str]]:
-    done = start([sys.executable, FOLDER / script, "--repeats", 2, "--out", out, *options])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "WRONG" not in done.stdout
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules of the benchmarks by their names, as one of them finds the others that lie beside it."""
+    names = ("run", "models", "timing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        for name in (*names, "cases", "output"):
+            patch.delitem(sys.modules, name, raising=False)
+        yield {name: importlib.import_module(name) for name in names}
+        for name in (*names, "cases", "output"):
+            sys.modules.pop(name, None)
+
+
+def table(script, out: Path, *options) -> list[dict[str, str]]:
+    script.main([*map(str, ("--repeats", 2, "--out", out, *options))])
     assert out.with_suffix(".png").read_bytes().startswith(PNG)
     with open(out, newline="") as file:
         return list(csv.DictReader(file))
@@ -53,9 +65,38 @@ NUMBERS = {
 
 
 @pytest.fixture(scope="module")
-def operators(tmp_path_factory):
+def operators(scripts, tmp_path_factory):
+    """`main` ends with an exit status if an implementation is wrong."""
     out = tmp_path_factory.mktemp("operators") / "new" / "operators.csv"
-    return table("run.py", out, "--sizes", 4, "--batch", 2, "--state", 1)
+    return table(scripts["run"], out, "--sizes", 4, "--batch", 2, "--state", 1)
+
+
+def test_wrong_numbers_are_not_timed(scripts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys.modules["cases"], "padded_conv1d", lambda x, weight, bias: x + 0 * (weight.sum() + bias.sum())
+    )
+    options = ("--ops", "causal_conv1d", "--sizes", 1, "--batch", 1)
+    with pytest.raises(SystemExit, match="1 results were wrong, see WRONG above"):
+        table(scripts["run"], tmp_path / "wrong.csv", *options)
+    assert "WRONG causal_conv1d B1 D384 L197 K4 conv1d: relative difference" in capsys.readouterr().out
+    with open(tmp_path / "wrong.csv", newline="") as file:
+        timed = {row["impl"] for row in csv.DictReader(file)}
+    assert timed == set(available(OPERATORS["causal_conv1d"], "cpu", torch.float32))
+
+
+def test_gpus_are_timed_by_triton(scripts, monkeypatch):
+    """Milliseconds of its median and extremes, in seconds."""
+    testing = pytest.importorskip("triton.testing")
+    asked = []
+
+    def do_bench(run, quantiles):
+        asked.append(quantiles)
+        return [run() * q + 4.0 for q in quantiles]
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    times = scripts["timing"].measure({"a": lambda: 2.0, "b": lambda: 8.0}, 7, torch.device("cuda"))
+    assert asked == [[0.5, 0.0, 1.0]] * 2
+    assert times["a"] == pytest.approx((0.005, 0.004, 0.006)) and times["b"] == pytest.approx((0.008, 0.004, 0.012))
 
 
 @pytest.mark.parametrize("operator", NUMBERS)
@@ -91,10 +132,10 @@ def check_speeds(row: dict[str, str]) -> None:
     assert row["peak_mb"] == ""  # nobody counts on the CPU
 
 
-def test_model_table(tmp_path):
+def test_model_table(scripts, tmp_path):
     names = ("vmamba_nano", "swin_s3_tiny_224")
     options = ("--models", *names, "--size", 32, "--batch", 3, "--dtype", "bfloat16", "--channels-last")
-    rows = table("models.py", tmp_path / "models.csv", *options)
+    rows = table(scripts["models"], tmp_path / "models.csv", *options)
     made = [(row["pass"], row["model"], row["layout"]) for row in rows]
     layouts = ("nchw", "channels_last")
     assert made == [(p, m, l) for p in ("inference", "training") for m in names for l in layouts]
@@ -103,9 +144,9 @@ def test_model_table(tmp_path):
         check_speeds(row)
 
 
-def test_cost_of_larger_images(tmp_path):
+def test_cost_of_larger_images(scripts, tmp_path):
     out = tmp_path / "linear.csv"
-    rows = table("models.py", out, "--models", "vmamba_nano", "--size", 32, "--linear")
+    rows = table(scripts["models"], out, "--models", "vmamba_nano", "--size", 32, "--linear")
     assert [(row["pass"], row["size"], row["batch"]) for row in rows] == [
         ("inference", "32", "1"),
         ("inference", "128", "1"),
@@ -115,6 +156,7 @@ def test_cost_of_larger_images(tmp_path):
 
 
 def test_unknown_model_is_named(tmp_path):
+    """As a user starts it."""
     done = start([sys.executable, FOLDER / "models.py", "--models", "vmamba_nan", "--out", tmp_path / "models.csv"])
     assert done.returncode == 1 and "--models vmamba_nan is not in timm's registry" in done.stderr
     assert list(tmp_path.iterdir()) == []

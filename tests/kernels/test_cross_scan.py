@@ -41,13 +41,22 @@ def test_recorded_outputs_of_the_official_kernel(case, impl):
 @IMPL
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_scan_and_merge_are_adjoint(flags, impl):
-    """<scan(x), y> == <x, merge(y)>, exactly: the numbers are small integers."""
+    """<scan(x), y> == <x, merge(y)>, exactly: the numbers are small integers. So are the gradients."""
     maps, routes, scanned, merged = sizes(*flags[:3])
     x = torch.randint(-9, 9, maps).double().requires_grad_()
     y = torch.randint(-9, 9, routes).double().requires_grad_()
     s, m = cross_scan(x, *flags, impl=impl), cross_merge(y, *flags, impl=impl)
     assert s.shape == scanned and m.shape == merged and s.is_contiguous() and m.is_contiguous()
     assert torch.equal((s * y.reshape(scanned)).sum(), (x.reshape(merged) * m).sum())
+    assert torch.equal(torch.autograd.grad(s, x, y.detach().reshape(scanned))[0], m.detach().reshape(maps))
+    assert torch.equal(torch.autograd.grad(m, y, x.detach().reshape(merged))[0], s.detach().reshape(routes))
+
+
+@IMPL
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_adjoint_by_finite_differences(flags, impl):
+    maps, routes, _, _ = sizes(*flags[:3], batch=1, channels=1, height=2, width=3)
+    x, y = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (maps, routes))
     assert torch.autograd.gradcheck(lambda x: cross_scan(x, *flags, impl=impl), x)
     assert torch.autograd.gradcheck(lambda y: cross_merge(y, *flags, impl=impl), y)
 

@@ -33,6 +33,7 @@ assert ours == {{"ssm_ops"}}, ours
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.full
 def test_first_call_may_be_compiled():
     done = python(
         """
@@ -55,11 +56,16 @@ def test_default_implementation_comes_from_the_environment():
     assert bad.returncode == 1 and "SSM_OPS_IMPL='fast' is not one of auto, reference, cpu, triton, cuda" in bad.stderr
 
 
-@pytest.mark.parametrize("operator", ["selective_scan", "cross_scan", "cross_merge"])
-def test_doctor_lists_every_implementation_of(operator):
+@pytest.fixture(scope="module")
+def doctor() -> str:
     done = subprocess.run([sys.executable, "-m", "ssm_ops"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    section = done.stdout.split(f"\n  {operator}: auto takes ", 1)[1].splitlines()[:5]
+    return done.stdout
+
+
+@pytest.mark.parametrize("operator", ["selective_scan", "cross_scan", "cross_merge"])
+def test_doctor_lists_every_implementation_of(operator, doctor):
+    section = doctor.split(f"\n  {operator}: auto takes ", 1)[1].splitlines()[:5]
     assert [line.split()[0] for line in section[1:]] == ["reference", "cpu", "triton", "cuda"]
     assert section[1].split() == ["reference", "available"]
     for line in section[2:]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from ssm_train.record.series import Entry, Summary, read_entries
 
 # of Okabe and Ito, told apart by colour-blind readers and in grey
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DRAWN = {
     "train": ("loss", "lr", "grad_norm", "images_per_second", "data_wait"),
     "val": ("loss", "top1", "ema_loss", "ema_top1"),
@@ -95,7 +95,7 @@ def draw(runs: Sequence[Curves]) -> Figure:
         for number, run in enumerate(runs):
             for key, label, own, style in lines:
                 if key in run.series:
-                    color = _COLORS[(own if len(runs) == 1 else number) % len(_COLORS)]
+                    color = COLORS[(own if len(runs) == 1 else number) % len(COLORS)]
                     label = label if len(runs) == 1 else f"{run.name}: {label}"
                     _line(axes, run.series[key], label=label, color=color, **style)
         axes.set_xlabel("epoch")

@@ -1,7 +1,7 @@
 """One optimizer update: mix, forward, loss, backward, and whether the result may be taken.
 
-Legend: B images per process and micro-step, C channels, S image size, K classes. An update takes ACCUMULATION_STEPS micro-steps on
-every process.
+Legend: B images per process and micro-step, C channels, S image size, K classes. An update takes ACCUMULATION_STEPS
+micro-steps on every process.
 """
 
 import functools

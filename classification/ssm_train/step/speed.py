@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from yacs.config import CfgNode as CN
 
 from ssm_train.common.distributed import World
 from ssm_train.common.precision import autocast
+from ssm_train.common.timing import timed
 from ssm_train.config.defaults import channels
 from ssm_train.step.engine import Training, take_update, training_loss
 from ssm_train.step.model import set_train_mode
@@ -49,15 +49,7 @@ def _images(cfg: CN, device: torch.device) -> torch.Tensor:
 def _median_seconds(step: Callable[[], None], world: World, *, repeats: int = 5, seconds: float = 0.5) -> float:
     """Seconds of one step: median of `repeats` timings of about `seconds` each. All ranks make as many steps."""
 
-    def timed(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        return time.perf_counter() - start
-
-    timed(2)  # compiles kernels and fills caches
-    [total] = world.sum([timed(1)])
+    timed(step, world.device, 2)  # compiles kernels and fills caches
+    [total] = world.sum([timed(step, world.device)])
     count = max(1, math.ceil(seconds * world.size / total))
-    return statistics.median(timed(count) / count for _ in range(repeats))
+    return statistics.median(timed(step, world.device, count) / count for _ in range(repeats))

@@ -1,0 +1,51 @@
+"""What the pictures of this folder have in common: colours, axes, and how they are written."""
+
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from analyze.inputs import make_folder
+from ssm_train.common.errors import UserError
+from ssm_train.record.curves import COLORS
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def colors_of(keys: Iterable[Key]) -> dict[Key, str]:
+    """A colour for each of `keys`, in their order."""
+    return dict(zip(dict.fromkeys(keys), itertools.cycle(COLORS), strict=False))
+
+
+def log_y_axis(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers: 1, 2, 5, 10, ..."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def size_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    """A logarithmic x axis with the image sizes as its ticks."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(sizes)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("image size (pixels a side)")
+    axes.grid(alpha=0.3, which="both")
+
+
+def check_png(out: Path) -> None:
+    """UserError for an --out that is no .png: its name, with another ending, is that of the numbers beside it."""
+    if out.suffix != ".png":
+        raise UserError(f"--out {out} does not end in .png")
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write the picture, in a folder that is made if need be."""
+    make_folder(out.parent)
+    figure.savefig(out, dpi=150)
