@@ -23,6 +23,7 @@ from analyze.logs import Log, read_log
 from analyze.tables import write_csv
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
+from ssm_train.record import curves
 from ssm_train.record.curves import Curves, read_curves
 
 # title, label of the y axis, its scale, {curve: (what it is, line style, unit)}; y is multiplied by the unit

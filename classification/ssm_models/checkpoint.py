@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .file_kinds import foreign_kind
 from .unpickle import CheckpointError, read_pickle
+from .weights import resolve
 
 __all__ = ["CheckpointError", "LoadReport", "Weights", "find_weights", "load_checkpoint", "read_checkpoint"]
 
@@ -47,7 +48,8 @@ def read_checkpoint(path: str | Path, which: str = "auto") -> dict[str, Tensor]:
     """The weights in a file, on the CPU.
 
     Args:
-        path: a ``.safetensors`` file or one of `torch.save`: a state dict, or a dictionary that holds one under
+        path: a name of the table of published weights (`ssm_models.weights`), which names the set to read as well, or
+            a ``.safetensors`` file or one of `torch.save`: a state dict, or a dictionary that holds one under
             "model", "state_dict" or "model_ema". ``module.`` is stripped; of a detector or segmentor the part
             ``backbone.`` is taken, without the prefix.
         which: "model", "ema", or "auto": the first there is of model, state_dict, model_ema.
@@ -62,7 +64,7 @@ def find_weights(path: str | Path, which: str = "auto") -> Weights:
     """`read_checkpoint`, with an account of what was taken."""
     if which not in _ENTRIES:
         raise ValueError(f"which={which!r} is not one of {', '.join(_ENTRIES)}")
-    path = Path(path)
+    path, which, _ = resolve(path, which)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file")
     content = _read_file(path)

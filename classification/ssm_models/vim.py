@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, create_classifier, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +28,7 @@ from .layers.patch_embed import PatchEmbed
 from .layers.pos_embed import class_token_rows, grid_with, insert_rows, resize_pos_embed, split_rows
 from .layers.rope import GridRope
 from .layers.timm_model import POOLS, TimmModel, convert_incoming, init_linear
+from .pretrained import build_model, pretrained_cfgs
 
 __all__ = ["VisionMamba"]
 
@@ -546,7 +547,6 @@ VARIANTS = {
 
 def _cfg(**kwargs) -> dict:
     return {
-        "url": "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": None,
@@ -556,21 +556,19 @@ def _cfg(**kwargs) -> dict:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-        "license": "apache-2.0",
         "paper_ids": "arXiv:2401.09417",
-        "origin_url": "https://github.com/hustvl/Vim",
         **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs(
-    {name: _cfg() for name in VARIANTS} | {"vim_nano": _cfg(input_size=(3, 32, 32), num_classes=10)}
+    pretrained_cfgs(VARIANTS, _cfg()) | {"vim_nano": _cfg(input_size=(3, 32, 32), num_classes=10)}
 )
 
 
 def _create_vim(variant: str, pretrained: bool, **kwargs) -> VisionMamba:
     arguments = VARIANTS[variant] | kwargs
-    return build_model_with_cfg(
+    return build_model(
         VisionMamba,
         variant,
         pretrained,

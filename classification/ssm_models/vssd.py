@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +24,7 @@ from .layers.conv_stem import ConvDownsample, ConvStem, SimpleDownsample, Simple
 from .layers.mlp import Mlp
 from .layers.nc_ssd import NCSSD
 from .layers.timm_model import PyramidModel, Stage, classify, reset
+from .pretrained import build_model, pretrained_cfgs
 
 __all__ = ["VSSD"]
 
@@ -256,7 +257,6 @@ VARIANTS = {
 
 def _cfg(**kwargs) -> dict:
     return {
-        "url": "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -267,19 +267,18 @@ def _cfg(**kwargs) -> dict:
         "first_conv": "patch_embed.conv1.conv",
         "classifier": "head",
         "paper_ids": "arXiv:2407.18559",
-        "origin_url": "https://github.com/YuHengsss/VSSD",
         **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs(
-    {name: _cfg() for name in VARIANTS} | {"vssd_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10)}
+    pretrained_cfgs(VARIANTS, _cfg()) | {"vssd_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10)}
 )
 
 
 def _create_vssd(variant: str, pretrained: bool, **kwargs) -> VSSD:
     arguments = VARIANTS[variant] | kwargs
-    return build_model_with_cfg(
+    return build_model(
         VSSD,
         variant,
         pretrained,

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +29,7 @@ from .layers.ss2d_m0 import SS2DM0
 from .layers.ss2d_xv import SS2DXv
 from .layers.stem import make_downsample, make_stem, stem_grid, stem_stride
 from .layers.timm_model import PyramidModel, Stage, classify, convert_incoming
+from .pretrained import build_model, pretrained_cfgs
 
 __all__ = ["VSSM"]
 
@@ -355,6 +356,15 @@ VARIANTS = {
     "vmamba_tiny_s1l8": {**_V2, "depths": (2, 2, 8, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.2},
     "vmamba_small_s1l20": {**_V2, "depths": (2, 2, 20, 2), "dims": 96, "ssm_ratio": 1.0, "drop_path_rate": 0.3},
     "vmamba_base_s1l20": {**_V2, "depths": (2, 2, 20, 2), "dims": 128, "ssm_ratio": 1.0, "drop_path_rate": 0.5},
+    "vmamba_tiny_0220": {
+        **_V2,
+        "forward_type": "v2",
+        "norm_layer": "ln",
+        "depths": (2, 2, 4, 2),
+        "dims": 96,
+        "ssm_ratio": 2.0,
+        "drop_path_rate": 0.2,
+    },
     "vmamba_tiny_m2": {**_M2, "depths": (2, 2, 4, 2), "dims": 96, "drop_path_rate": 0.2},
     "vmamba_small_m2": {**_M2, "depths": (2, 2, 12, 2), "dims": 96, "drop_path_rate": 0.3},
     "vmamba_base_m2": {**_M2, "depths": (2, 2, 12, 2), "dims": 128, "drop_path_rate": 0.3},
@@ -365,7 +375,6 @@ VARIANTS = {
 
 def _cfg(**kwargs) -> dict:
     return {
-        "url": "",
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -375,22 +384,19 @@ def _cfg(**kwargs) -> dict:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.0",
         "classifier": "classifier.head",
-        "license": "mit",
         "paper_ids": "arXiv:2401.10166",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
         **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs(
-    {name: _cfg() for name in VARIANTS}
-    | {"vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10)}
+    pretrained_cfgs(VARIANTS, _cfg()) | {"vmamba_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10)}
 )
 
 
 def _create_vssm(variant: str, pretrained: bool, **kwargs) -> VSSM:
     arguments = VARIANTS[variant] | kwargs
-    return build_model_with_cfg(
+    return build_model(
         VSSM,
         variant,
         pretrained,
@@ -443,6 +449,12 @@ def vmamba_small_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
 @register_model
 def vmamba_base_s1l20(pretrained: bool = False, **kwargs) -> VSSM:
     return _create_vssm("vmamba_base_s1l20", pretrained, **kwargs)
+
+
+@register_model
+def vmamba_tiny_0220(pretrained: bool = False, **kwargs) -> VSSM:
+    """Gated, of February 2024."""
+    return _create_vssm("vmamba_tiny_0220", pretrained, **kwargs)
 
 
 @register_model
