@@ -153,6 +153,7 @@ class VisionMamba(TimmModel):
         self.cls_mode = cls_mode if if_cls_token else "none"
         self.in_chans = in_chans
         self.num_features = self.embed_dim = embed_dim
+        self.depth = depth
         self.if_bidirectional = if_bidirectional
         self.flip_ratio = flip_img_sequences_ratio
         self.rope_residual = if_rope_residual
@@ -216,7 +217,7 @@ class VisionMamba(TimmModel):
             init_linear(part)  # the classifier, which a backbone has not
         for block in self.layers:
             with torch.no_grad():
-                block.mixer.out_proj.weight /= math.sqrt(len(self.layers))  # GPT-2's, for one addition per block
+                block.mixer.out_proj.weight /= math.sqrt(self.depth)  # GPT-2's, for one addition per block
 
     # ---- class tokens ----
 
