@@ -46,8 +46,8 @@ def DenseBackbone(  # a constructor to its users
             blocks of the four quarters.
         checkpoint: file of weights, see `load_checkpoint`; a classifier's or a backbone's. None: random weights.
         drop_path_rate: of the last block, None for the model's own.
-        frozen_stages: -1 trains everything, 0 all but the stem, n all but the stem and the first n stages (blocks of
-            Vim). What is frozen has no gradients and stays in evaluation mode.
+        frozen_stages: -1 trains everything, 0 all but the stem, n all but the stem and the first n stages with the
+            norms of their maps (blocks of Vim). What is frozen has no gradients and stays in evaluation mode.
         norm_eval: keep the running statistics of batch norms as they are.
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
         recompute_act: recompute the activations of MLPs alone: a sixth less memory on large images for 1 % more time.
@@ -102,6 +102,8 @@ class Dense(nn.Module):
         if not -1 <= stages <= self._all_layers:
             raise ValueError(f"frozen_stages={stages} is not between -1 and {self._all_layers}")
         frozen = [self.patch_embed, *self.layers[:stages]] if stages >= 0 else []
+        # the norms of their maps with them, as in Swin's backbone
+        frozen += [norm for i in range(stages) if (norm := getattr(self, f"outnorm{i}", None)) is not None]
         for part in frozen:
             part.requires_grad_(False)
         if stages >= 0 and getattr(self, "pos_embed", None) is not None:
@@ -144,7 +146,7 @@ class _Hierarchical(Dense):
         self.out_indices = tuple(sorted(out_indices))
         self.out_channels = [self.dims[i] for i in self.out_indices]
         for i in range(self.num_layers):
-            self.add_module(f"outnorm{i}", norm(self.dims[i]))
+            self.add_module(f"outnorm{i}", norm(self.dims[i], **self._device_and_dtype()))
         dropped += tuple(f"outnorm{i}" for i in range(self.num_layers) if i not in self.out_indices)
         self._keep(self.out_indices[-1] + 1, *dropped)
 
@@ -235,7 +237,8 @@ class DenseVisionMamba(Dense, VisionMamba):
         self._keep(last + 1, "head", *(() if normed else ("norm_f",)))
         self.out_channels = [self.embed_dim] * (4 if if_fpn else len(out_indices))
         if if_fpn:
-            self.fpn1, self.fpn2, self.fpn3, self.fpn4 = _FPNS[stride](self.embed_dim)
+            levels = [level.to(self.patch_embed.proj.weight) for level in _FPNS[stride](self.embed_dim)]
+            self.fpn1, self.fpn2, self.fpn3, self.fpn4 = levels
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, in_chans, H, W) -> maps (B, C, H_i, W_i), contiguous: of strides 4, 8, 16, 32 with `if_fpn`."""

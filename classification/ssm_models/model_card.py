@@ -152,17 +152,19 @@ def registered_models() -> list[str]:
     return [name for family in ("vssm", "vim", "vssd") for name in timm.list_models(module=family)]
 
 
-def model_card(model: str | nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> ModelCard:
+def model_card(model: str | nn.Module, input_size: int | tuple[int, int, int] = (3, 224, 224)) -> ModelCard:
     """Count a model on tensors without memory; a given one stays as it is.
 
     Args:
         model: a registered name, or a `VSSM`, `VSSD` or `VisionMamba` on any device, dense backbones included.
-        input_size: (channels, height, width) of the image.
+        input_size: (channels, height, width) of the image, or the side of a square one with the model's channels.
 
     Raises:
         ValueError: an unknown name, another kind of model, or an impossible size.
         RuntimeError: PyTorch's, of a map smaller than a convolution.
     """
+    if isinstance(input_size, int):
+        input_size = (getattr(model, "in_chans", 3), input_size, input_size)
     if len(input_size) != 3 or min(input_size) < 1:
         raise ValueError(f"input_size={input_size} is not (channels, height, width), each at least 1")
     name, published = type(model).__name__, None

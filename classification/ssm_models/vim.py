@@ -16,41 +16,26 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, lecun_normal_, to_2tuple, trunc_normal_
+from timm.layers import DropPath, create_classifier, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .layers.bimamba import BiMamba
-from .layers.conv2d import Conv2d
 from .layers.norm import RMSNorm
-from .layers.pos_embed import class_token_rows, insert_rows, resize_pos_embed, split_rows
+from .layers.patch_embed import PatchEmbed
+from .layers.pos_embed import class_token_rows, grid_with, insert_rows, resize_pos_embed, split_rows
 from .layers.rope import GridRope
+from .layers.timm_model import POOLS, TimmModel, convert_incoming, init_linear
 
 __all__ = ["VisionMamba"]
 
-POOL_TYPES = ("none", "mean", "max", "all")
 CLS_MODES = ("middle", "head", "tail", "double", "random")
 CLS_TOKENS = ("cls_token", "cls_token_head", "cls_token_tail")
+POOL_TYPES = ("none", "mean", "max", "all")
 # timm's names for the same
-_TIMM_POOLS = {"": "all", "avg": "mean"}
-
-
-class PatchEmbed(nn.Module):
-    """Patches of an image as tokens; they overlap where the stride is smaller than a patch."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int):
-        super().__init__()
-        self.patch_size, self.stride = patch_size, stride
-        self.proj = Conv2d(in_chans, dim, patch_size, stride)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        return tuple((side - self.patch_size) // self.stride + 1 for side in (height, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, h*w, C)"""
-        return self.proj(x).flatten(2).transpose(1, 2)
+_TIMM_POOLS = {"mean": "avg", "all": ""}
 
 
 class VimBlock(nn.Module):
@@ -82,7 +67,7 @@ class VimBlock(nn.Module):
         return self.mixer(normed), residual
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(TimmModel):
     """Vim.
 
     Args:
@@ -100,7 +85,7 @@ class VisionMamba(nn.Module):
         pt_hw_seq_len: side of the grid that rotary positions are counted on.
         if_bidirectional: run blocks in pairs, the second one over the reversed sequence, and add the two.
         final_pool_type: without a class token: "none" takes the last patch, "mean" and "max" all patches (max over
-            their logits), "all" gives logits of every token, (B, L, classes).
+            their logits), "all" gives logits of every token, (B, L, classes). Or a name of `global_pool`.
         if_abs_pos_embed: learned position embedding.
         if_rope, if_rope_residual: rotate the hidden state, and also the residual stream, before every block.
         flip_img_sequences_ratio: probability of reversing the sequence (while training; from 1 on always).
@@ -110,9 +95,11 @@ class VisionMamba(nn.Module):
         cls_mode: instead of the two `use_` flags: "middle", "head", "tail", "double" or "random" (anywhere while
             training, in the middle else).
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
-        global_pool: timm's name for the pooling, also beside class tokens: "token", "avg" or "mean", "max", "none", and
-            "" or "all". None leaves it to the class token and `final_pool_type`.
+        global_pool: timm's name for the pooling, also beside class tokens: "token"; over the patches "avg" or "mean",
+            "max" (of their logits, as published), "avgmax", "catavgmax", "none" (the last one); "" or "all" for every
+            token. None leaves it to the class token and `final_pool_type`.
         scan_impl: implementation of the scan, see `BiMamba`.
+        device, dtype: of parameters and buffers, as in PyTorch's layers.
     """
 
     def __init__(
@@ -149,8 +136,11 @@ class VisionMamba(nn.Module):
         use_checkpoint: bool = False,
         global_pool: str | None = None,
         scan_impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         if if_bidirectional and depth % 2:
             raise ValueError(f"depth={depth} must be even with if_bidirectional, which runs blocks in pairs")
         if cls_mode is None:
@@ -160,29 +150,31 @@ class VisionMamba(nn.Module):
         # of files with one class token, which a backbone drops but must find in their position embedding
         self.published_mode = cls_mode if cls_mode in ("head", "tail") else "middle"
         self.cls_mode = cls_mode if if_cls_token else "none"
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.in_chans = in_chans
+        self.num_features = self.embed_dim = embed_dim
+        self.depth = depth
         self.if_bidirectional = if_bidirectional
         self.flip_ratio = flip_img_sequences_ratio
         self.rope_residual = if_rope_residual
-        self.set_pool(final_pool_type)
+        pool = self._known_pool(final_pool_type)
         if if_cls_token or global_pool is not None:
-            self.set_pool("token" if global_pool is None else global_pool)
+            pool = self._known_pool("token" if global_pool is None else global_pool)
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride)
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride, **dd)
         self.grid = self._grid_of(*to_2tuple(img_size))
         patches = math.prod(self.grid)
         rows = class_token_rows(self._resting_mode(), patches)
         names = ("cls_token_head", "cls_token_tail") if self.cls_mode == "double" else ("cls_token",) * len(rows)
         for name in names:
-            setattr(self, name, nn.Parameter(torch.zeros(1, 1, embed_dim)))
-        self.pos_embed = nn.Parameter(torch.zeros(1, patches + len(rows), embed_dim)) if if_abs_pos_embed else None
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, embed_dim, **dd)))
+        positions = nn.Parameter(torch.empty(1, patches + len(rows), embed_dim, **dd)) if if_abs_pos_embed else None
+        self.pos_embed = positions
         self.pos_drop = nn.Dropout(drop_rate)
-        self.rope = GridRope(embed_dim, self.grid, pt_hw_seq_len) if if_rope else None
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.rope = GridRope(embed_dim, self.grid, pt_hw_seq_len, **dd) if if_rope else None
+        self._set_classifier(num_classes, pool, **dd)
 
         def norm() -> nn.Module:
-            return RMSNorm(embed_dim, norm_epsilon) if rms_norm else nn.LayerNorm(embed_dim, norm_epsilon)
+            return (RMSNorm if rms_norm else nn.LayerNorm)(embed_dim, norm_epsilon, **dd)
 
         # a block drops what the block before it made: the published schedule, shifted by one
         rates = [0.0, *(drop_path_rate * i / (depth - 1) for i in range(depth - 1))]
@@ -196,6 +188,7 @@ class VisionMamba(nn.Module):
                     if_divide_out=if_divide_out,
                     init_layer_scale=init_layer_scale,
                     impl=scan_impl,
+                    **dd,
                     **(ssm_cfg or {}),
                 ),
                 norm(),
@@ -207,20 +200,23 @@ class VisionMamba(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
         self.norm_f = norm()
         self.feature_info = [{"num_chs": embed_dim, "reduction": stride, "module": f"layers.{i}"} for i in range(depth)]
-        self._init_weights()
+        self.init_weights(needs_reset=False)
         self.set_grad_checkpointing(use_checkpoint)
-        self.register_load_state_dict_pre_hook(_convert_incoming)
+        self.register_load_state_dict_pre_hook(convert_incoming)
 
-    def _init_weights(self) -> None:
-        lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
-        for name, parameter in self.named_parameters():
-            if name == "pos_embed" or name.startswith("cls_token"):
-                trunc_normal_(parameter, std=0.02)
-        _init_head(self.head)
+    def reset_parameters(self) -> None:
+        """The class tokens and the position embedding."""
+        for token in self.class_tokens():
+            trunc_normal_(token, std=0.02)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    def _init_layers(self) -> None:
+        for part in self.children():
+            init_linear(part)  # the classifier, which a backbone has not
         for block in self.layers:
             with torch.no_grad():
-                block.mixer.out_proj.weight /= math.sqrt(len(self.layers))  # GPT-2's, for one addition per block
+                block.mixer.out_proj.weight /= math.sqrt(self.depth)  # GPT-2's, for one addition per block
 
     # ---- class tokens ----
 
@@ -244,6 +240,7 @@ class VisionMamba(nn.Module):
 
     def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """(B, in_chans, H, W) -> tokens (B, L, C), their order (L) or None for the resting one, grid of the patches."""
+        self.check_images(x)
         grid = self._grid_of(*x.shape[2:])
         x = self.patch_embed(x)
         rows = class_token_rows(self._resting_mode(), x.shape[1])
@@ -314,24 +311,29 @@ class VisionMamba(nn.Module):
         return self._final_norm(residual + self.drop_path(hidden))
 
     def _final_norm(self, x: Tensor) -> Tensor:
-        return self.norm_f(x.to(self.norm_f.weight.dtype) if isinstance(self.norm_f, nn.LayerNorm) else x)
+        """Of the residual stream; RMSNorm brings its result to the dtype of the weights itself."""
+        return self.norm_f(x if isinstance(self.norm_f, RMSNorm) else x.to(self.patch_embed.proj.weight.dtype))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normed tokens (B, L, C) -> logits (B, classes); of every token (B, L, classes) with pooling "all".
+        """Normed tokens (B, L, C) -> logits (B, num_classes); of every token (B, L, num_classes) without pooling.
 
-        With `pre_logits` what the linear layer would see: (B, C), but tokens with pooling "all" and "max".
+        With `pre_logits` what comes out of a model without the linear layer: (B, head_hidden_size), or every token.
         """
-        if self.pool_type != "all":
-            patches, tokens = self._split(x)
-            x = tokens if self.pool_type == "token" else patches
-        if self.pool_type in ("token", "mean"):
-            x = x.mean(1)
-        elif self.pool_type == "none":
-            x = x[:, -1]
-        if pre_logits:
+        if self.global_pool == "max" and not pre_logits:
+            return self.head(self._split(x)[0]).amax(1)
+        x = self._pool(x)
+        return x if pre_logits else self.head(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, head_hidden_size); without pooling the same."""
+        if self.global_pool == "":
             return x
-        x = self.head(x)
-        return x.amax(1) if self.pool_type == "max" else x
+        patches, tokens = self._split(x)
+        if self.global_pool == "token":
+            return tokens.mean(1)
+        if self.global_pool == "none":
+            return patches[:, -1]
+        return self.pool(patches.unsqueeze(1))  # a map of height 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), any H and W from `patch_size` on -> as `forward_head`."""
@@ -387,28 +389,33 @@ class VisionMamba(nn.Module):
 
     # ---- what timm expects of a model ----
 
-    def set_pool(self, pool_type: str) -> None:
-        """How tokens become features: "token" (the class tokens), one of `POOL_TYPES`, or timm's "avg" and ""."""
-        pool_type = _TIMM_POOLS.get(pool_type, pool_type)
-        legal = POOL_TYPES if self.cls_mode == "none" else ("token", *POOL_TYPES)
-        if pool_type not in legal:
-            raise ValueError(f"pooling {pool_type!r} is not one of {', '.join(legal)}")
-        self.pool_type = pool_type
+    def _known_pool(self, name: str) -> str:
+        """The pooling of this name, which may be another name for it. Raises ValueError if there is none."""
+        legal = dict.fromkeys((*POOL_TYPES, *POOLS) if self.cls_mode == "none" else ("token", *POOL_TYPES, *POOLS))
+        if name not in legal and name != "":
+            raise ValueError(f"pooling {name!r} is not one of {', '.join(legal)}")
+        return _TIMM_POOLS.get(name, name)
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.set_pool(global_pool)
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        _init_head(self.head)
-        self.head.to(self.patch_embed.proj.weight)  # its device and dtype
+        """A new linear layer, and a new pooling if one is given; without classes the pooled features come out."""
+        pool = self.global_pool if global_pool is None else self._known_pool(global_pool)
+        self._set_classifier(num_classes, pool, **self._device_and_dtype())
+        init_linear(self.head)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for block in self.layers:
-            block.use_checkpoint = enable
+    def _set_classifier(
+        self, num_classes: int, pool: str, device: torch.device | None, dtype: torch.dtype | None
+    ) -> None:
+        of_map = pool if pool in POOLS else ""
+        self.pool, self.head = create_classifier(
+            self.embed_dim, num_classes, of_map, input_fmt="NHWC", device=device, dtype=dtype
+        )
+        self.num_classes, self.global_pool = num_classes, pool
+        self.head_hidden_size = self.embed_dim * self.pool.feat_mult()
+        self.pool.train(self.training)
+        self.head.train(self.training)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning rates, from the stem to the head."""
@@ -425,8 +432,8 @@ class VisionMamba(nn.Module):
         return names | {n for n, _ in self.named_parameters() if n.endswith(("dt_proj.bias", "dt_proj_b.bias"))}
 
     def convert_state_dict(self, state_dict: Mapping[str, Tensor], legacy_pos_embed: bool = False) -> dict[str, Tensor]:
-        """Published entries brought to this model, see `checkpoint_filter_fn`."""
-        return checkpoint_filter_fn(state_dict, self, legacy_pos_embed)
+        """Published entries brought to this model, see `bring_to_grid`."""
+        return bring_to_grid(state_dict, self, [self.grid], legacy_pos_embed)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -434,18 +441,12 @@ class VisionMamba(nn.Module):
         """Drop what the maps of the blocks `indices` do not need; returns the indices as non-negative numbers."""
         wanted, last = feature_take_indices(len(self.layers), indices)
         last += self.if_bidirectional and last % 2 == 0  # pairs stay together
-        self.layers = self.layers[: last + 1]
+        del self.layers[last + 1 :]
         if prune_norm:
-            self.norm_f = nn.Identity()
+            self.norm_f = nn.Identity().train(self.training)
         if prune_head:
-            self.reset_classifier(0)
+            self.reset_classifier(0, "")
         return wanted
-
-
-def _init_head(head: nn.Module) -> None:
-    if isinstance(head, nn.Linear):
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
 
 
 def _anywhere(length: int, device: torch.device) -> Tensor:
@@ -466,6 +467,23 @@ def _at_rest(x: Tensor, order: Tensor | None) -> Tensor:
 def checkpoint_filter_fn(
     state_dict: Mapping[str, Tensor], model: VisionMamba, legacy_pos_embed: bool = False
 ) -> dict[str, Tensor]:
+    """The weights of a file that timm loads, see `bring_to_grid`; what timm knows of their images says their grid."""
+    arguments = getattr(model, "pretrained_model_args", {})
+    input_size = getattr(model, "pretrained_cfg", {}).get("input_size")
+    grid_of, grids = model.patch_embed.grid, [model.grid]
+    if arguments.get("img_size"):
+        grids.insert(0, grid_of(*to_2tuple(arguments["img_size"])))
+    if input_size:  # of the registry, where no other is stored with the weights
+        grids.append(grid_of(*input_size[1:]))
+    return bring_to_grid(state_dict.get("model", state_dict), model, grids, legacy_pos_embed)
+
+
+def bring_to_grid(
+    state_dict: Mapping[str, Tensor],
+    model: VisionMamba,
+    grids: Sequence[tuple[int, int]],
+    legacy_pos_embed: bool = False,
+) -> dict[str, Tensor]:
     """Bring a published state dict to the grid of `model`; one in this form stays as it is.
 
     The position embedding is resized, rows of class tokens apart; tables of rotary positions are the model's own. A
@@ -473,17 +491,21 @@ def checkpoint_filter_fn(
     itself. Other differences are left to the strict loading.
 
     Args:
+        grids: what the position embedding may be of, the likeliest first; a square one need not be named.
         legacy_pos_embed: resize as the original code did: the first row stays, whatever it belongs to, and the others,
             the middle class token's included, count as the grid. Published stride-8 models were trained from that.
     """
     own = model.state_dict()
     converted = dict(state_dict)
     backbone = "head.weight" not in own and not model.class_tokens()
-    for name in ("rope.freqs_cos", "rope.freqs_sin"):
+    # computed, as a model on the meta device has none
+    tables = () if model.rope is None else model.rope.tables(*model.grid)
+    for name, table in zip(("rope.freqs_cos", "rope.freqs_sin"), tables, strict=False):
         # published detectors and segmentors rotate, the classifiers that they start from do not
-        absent = backbone and name not in converted
-        if name in own and (absent or (name in converted and converted[name].shape != own[name].shape)):
-            converted[name] = own[name]
+        if backbone or name in converted:
+            same = name in converted and converted[name].shape == table.shape
+            if not (same and grid_with(len(table), grids) == model.grid):
+                converted[name] = table.to(own[name].dtype)
     tokens, kept = sum(name in converted for name in CLS_TOKENS), len(model.class_tokens())
     if not kept and "head.weight" not in own:
         converted = {name: value for name, value in converted.items() if name not in CLS_TOKENS}
@@ -492,16 +514,15 @@ def checkpoint_filter_fn(
     pos_embed = converted.get("pos_embed")
     if pos_embed is None or "pos_embed" not in own:
         return converted
-    if tokens == kept and pos_embed.shape == own["pos_embed"].shape:
-        return converted
     patches, wanted = pos_embed.shape[1] - tokens, math.prod(model.grid)
-    side = math.isqrt(max(patches, 0))
-    if patches != wanted and (side == 0 or side * side != patches):
+    old_grid = grid_with(patches, grids)
+    if old_grid is None:
         raise ValueError(
             f"pos_embed of {pos_embed.shape[1]} rows has {patches} beside {tokens} class tokens: neither the {wanted} "
             f"of a {model.grid[0]}x{model.grid[1]} grid nor those of a square one"
         )
-    old_grid = model.grid if patches == wanted else (side, side)
+    if tokens == kept and old_grid == model.grid:
+        return converted
     if legacy_pos_embed:
         old_rows, new_rows = range(tokens), range(kept)
     else:
@@ -509,12 +530,6 @@ def checkpoint_filter_fn(
         new_rows = class_token_rows(model._resting_mode(), wanted)
     converted["pos_embed"] = resize_pos_embed(pos_embed, old_grid, model.grid, tuple(old_rows), tuple(new_rows))
     return converted
-
-
-def _convert_incoming(model: VisionMamba, state_dict: dict, prefix: str, *_) -> None:
-    """Hook of `load_state_dict`: convert this model's entries in place, also as a part ("backbone.") of another."""
-    mine = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    state_dict.update({prefix + name: value for name, value in model.convert_state_dict(mine).items()})
 
 
 # ---- variants ----

@@ -8,14 +8,13 @@ Shapes: B batch, C channels, H W map; inside, maps are (B, H, W, C).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from .layers.conv import DepthwiseConv
 from .layers.conv_stem import ConvDownsample, ConvStem, SimpleDownsample, SimpleStem
 from .layers.mlp import Mlp
 from .layers.nc_ssd import NCSSD
+from .layers.timm_model import PyramidModel, Stage, classify, reset
 
 __all__ = ["VSSD"]
 
@@ -36,15 +36,25 @@ class VSSDBlock(nn.Module):
     cpe: conditional position encoding, a depthwise convolution. attn: NC-SSD or self-attention.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop: float, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.cpe1 = DepthwiseConv(dim)
-        self.norm1 = nn.LayerNorm(dim)
+        dd = {"device": device, "dtype": dtype}
+        self.cpe1 = DepthwiseConv(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = attn
         self.drop_path = DropPath(drop_path)
-        self.cpe2 = DepthwiseConv(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), "gelu", drop)
+        self.cpe2 = DepthwiseConv(dim, **dd)
+        self.norm2 = nn.LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), "gelu", drop, **dd)
         self.use_checkpoint = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,19 +69,7 @@ class VSSDBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class VSSDStage(nn.Module):
-    """Blocks at one resolution, then the way to the next one."""
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module):
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.blocks(x))
-
-
-class VSSD(nn.Module):
+class VSSD(PyramidModel):
     """VSSD.
 
     Args:
@@ -89,6 +87,7 @@ class VSSD(nn.Module):
         simple_patch_embed, simple_downsample: the plainer stem and downsampling of the ablation.
         global_pool: of the head, as in timm.
         scan_impl: implementation of the operators, see `ssm_ops`.
+        device, dtype: of parameters and buffers, as in PyTorch's layers.
     """
 
     output_fmt = "NHWC"
@@ -116,18 +115,21 @@ class VSSD(nn.Module):
         simple_downsample: bool = False,
         global_pool: str = "avg",
         scan_impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         if not len(depths) == len(num_heads) == len(attn_types):
             raise ValueError(
                 f"depths {list(depths)}, num_heads {list(num_heads)} and attn_types {list(attn_types)} must have one "
                 "entry per stage"
             )
-        self.num_classes = num_classes
+        self.in_chans = in_chans
         self.num_layers = len(depths)
         self.dims = [embed_dim * 2**i for i in range(len(depths))]
-        self.num_features = self.head_hidden_size = self.dims[-1]
-        self.patch_embed = (SimpleStem if simple_patch_embed else ConvStem)(in_chans, self.dims[0])
+        self.num_features = self.dims[-1]
+        self.patch_embed = (SimpleStem if simple_patch_embed else ConvStem)(in_chans, self.dims[0], **dd)
 
         def make_attn(kind: str, dim: int, heads: int) -> nn.Module:
             if kind not in ATTN_TYPES:
@@ -135,7 +137,7 @@ class VSSD(nn.Module):
             if dim % heads:
                 raise ValueError(f"num_heads: {heads} does not divide the {dim} channels of its stage")
             if kind == "standard":
-                return Attention(dim, heads)
+                return Attention(dim, heads, **dd)
             return NCSSD(
                 d_model=dim,
                 d_state=d_state,
@@ -147,6 +149,7 @@ class VSSD(nn.Module):
                 bidirection=bidirection,
                 chunk_size=ssd_chunk_size,
                 impl=scan_impl,
+                **dd,
             )
 
         rates = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
@@ -155,96 +158,36 @@ class VSSD(nn.Module):
         self.layers = nn.ModuleList()
         for i, (depth, dim, heads, kind) in enumerate(zip(depths, self.dims, num_heads, attn_types, strict=True)):
             blocks = [
-                VSSDBlock(dim, make_attn(kind, dim, heads), mlp_ratio, drop_rate, next(rates)) for _ in range(depth)
+                VSSDBlock(dim, make_attn(kind, dim, heads), mlp_ratio, drop_rate, next(rates), **dd)
+                for _ in range(depth)
             ]
             last = i + 1 == len(depths)
-            self.layers.append(VSSDStage(blocks, nn.Identity() if last else downsample(dim)))
+            self.layers.append(Stage(blocks, nn.Identity() if last else downsample(dim, **dd)))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks"})
 
-        self.norm = nn.LayerNorm(self.dims[-1])
-        self._reset_head(num_classes, global_pool)
-        self.apply(_init_weights)
+        self.norm = nn.LayerNorm(self.dims[-1], **dd)
+        self._set_classifier(num_classes, global_pool, **dd)
+        self.init_weights(needs_reset=False)
         self.set_grad_checkpointing(use_checkpoint)
 
-    def _reset_head(self, num_classes: int, pool_type: str) -> None:
-        """A new pooling and a new linear layer; without classes the pooled features come out."""
-        self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt=self.output_fmt)
-        width = self.num_features * self.pool.feat_mult()
-        self.head = nn.Linear(width, num_classes) if num_classes > 0 else nn.Identity()
-        _init_weights(self.head)
+    def _init_layers(self) -> None:
+        # A mixer is made before the block around it. Drawn again, all values come in the order of `init_weights`, so
+        # that a seed gives the same ones on either way.
+        self.layers.apply(reset)
+        super()._init_layers()
 
     # ---- forward ----
 
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> first tokens, (B, h, w, embed_dim)."""
-        return self.patch_embed(x)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last map, (B, h, w, dims[-1]), before the norm of the head."""
-        x = self.forward_stem(x)
-        for stage in self.layers:
-            x = stage(x)
-        return x
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map -> logits, or with `pre_logits` what the linear layer sees, (B, head_hidden_size)."""
         x = self.pool(self.norm(x))
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else classify(self.head, x, self.output_fmt)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), any H and W (from 4 on with the simple stem) -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ):
-        """Maps of the stages, each before its downsampling.
-
-        Args:
-            indices: the last n stages, the given ones, or all.
-            norm: the head's norm on the last stage's map.
-            stop_early: do not run the stages after the last wanted one.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: leave out the final features.
-
-        Returns:
-            A list of contiguous maps, or (final features as `forward_features`, list).
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NHWC")
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        intermediates = []
-        x = self.forward_stem(x)
-        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = stage.blocks(x)
-            if i in wanted:
-                final = norm and i == len(self.layers) - 1
-                intermediates.append(self._to_format(self.norm(x) if final else x, output_fmt))
-            x = stage.downsample(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def _to_format(self, x: Tensor, output_fmt: str) -> Tensor:
-        return (x if output_fmt == self.output_fmt else x.permute(0, 3, 1, 2)).contiguous()
-
     # ---- what timm expects of a model ----
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self._reset_head(num_classes, self.pool.pool_type if global_pool is None else global_pool)
-        self.head.to(next(self.patch_embed.parameters()).device)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for module in self.modules():
-            if isinstance(module, VSSDBlock):
-                module.use_checkpoint = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning rates, from the stem to the head."""
@@ -261,26 +204,10 @@ class VSSD(nn.Module):
         leaves = ("A_log", "D", "dt_bias")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
 
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the maps of the stages `indices` do not need; returns the indices as non-negative numbers."""
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
-        self.layers[-1].downsample = nn.Identity()
-        self.num_features = self.head_hidden_size = self.dims[last]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
 
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a published file, whose names and shapes are this model's."""
+    return dict(state_dict.get("model", state_dict))
 
 
 # ---- variants ----
@@ -356,6 +283,7 @@ def _create_vssd(variant: str, pretrained: bool, **kwargs) -> VSSD:
         VSSD,
         variant,
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": tuple(range(len(arguments["depths"]))), "feature_cls": "getter"},
         **arguments,
     )

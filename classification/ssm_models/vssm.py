@@ -16,9 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +28,7 @@ from .layers.ss2d import SS2D
 from .layers.ss2d_m0 import SS2DM0
 from .layers.ss2d_xv import SS2DXv
 from .layers.stem import make_downsample, make_stem, stem_grid, stem_stride
+from .layers.timm_model import PyramidModel, Stage, classify, convert_incoming
 
 __all__ = ["VSSM"]
 
@@ -38,9 +38,18 @@ _MIXERS = {"v": SS2D, "xv": SS2DXv, "m0": SS2DM0}
 class VSSBlock(nn.Module):
     """x + drop_path(op(norm(x))), then x + drop_path(mlp(norm2(x))); either branch may be absent."""
 
-    def __init__(self, op: nn.Module | None, mlp: nn.Module | None, dim: int, norm_layer: str, drop_path: float):
+    def __init__(
+        self,
+        op: nn.Module | None,
+        mlp: nn.Module | None,
+        dim: int,
+        norm_layer: str,
+        drop_path: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        norm = get_norm(norm_layer)
+        norm = partial(get_norm(norm_layer), device=device, dtype=dtype)
         if op is not None:
             self.norm = norm(dim)
             self.op = op
@@ -64,43 +73,21 @@ class VSSBlock(nn.Module):
         return x
 
 
-class VSSStage(nn.Module):
-    """Blocks at one resolution, then the way to the next one."""
-
-    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module):
-        super().__init__()
-        self.blocks = nn.Sequential(*blocks)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsample(self.blocks(x))
-
-
 class ClassifierHead(nn.Module):
-    """norm -> pool -> dropout -> linear."""
+    """norm -> pool -> dropout -> linear, of which pool and linear (`head`) are the model's to set."""
 
-    def __init__(self, dim: int, num_classes: int, norm_layer: str, pool_type: str, drop_rate: float):
+    def __init__(self, norm: nn.Module, drop_rate: float, output_fmt: str):
         super().__init__()
-        self.norm = get_norm(norm_layer)(dim)
-        self.in_features = dim
-        self.input_fmt = "NCHW" if is_channel_first(norm_layer) else "NHWC"
+        self.output_fmt = output_fmt
+        self.norm = norm
         self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, pool_type)
-
-    def reset(self, num_classes: int, pool_type: str) -> None:
-        """A new pooling and a new linear layer; without classes the pooled features come out."""
-        self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type), input_fmt=self.input_fmt)
-        width = self.in_features * self.pool.feat_mult()
-        self.head = nn.Linear(width, num_classes) if num_classes > 0 else nn.Identity()
-        if num_classes > 0:
-            _init_weights(self.head)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.pool(self.norm(x)))
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else classify(self.head, x, self.output_fmt)
 
 
-class VSSM(nn.Module):
+class VSSM(PyramidModel):
     """VMamba.
 
     Args:
@@ -121,6 +108,7 @@ class VSSM(nn.Module):
         global_pool, drop_rate: of the head, as in timm.
         ssm_initial_state: `initial_state` of `SS2DM0`, no other mixer has it.
         scan_impl: implementation of the scans, see `ssm_ops`.
+        device, dtype: of parameters and buffers, as in PyTorch's layers.
     """
 
     def __init__(
@@ -155,8 +143,11 @@ class VSSM(nn.Module):
         drop_rate: float = 0.0,
         ssm_initial_state: bool = False,
         scan_impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(dims) != len(depths):
             raise ValueError(f"dims {dims} and depths {list(depths)} must have one entry per stage")
@@ -165,19 +156,18 @@ class VSSM(nn.Module):
             if mixer is not SS2DM0:
                 raise ValueError(f"ssm_initial_state is an option of forward_type m0, not of {forward_type!r}")
             mixer = partial(SS2DM0, initial_state=True)
-        self.num_classes = num_classes
+        self.in_chans = in_chans
         self.num_layers = len(depths)
         self.dims = dims
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.channel_first = is_channel_first(norm_layer)
         self.output_fmt = "NCHW" if self.channel_first else "NHWC"
 
         self.pos_embed = None
         if posembed:
             grid = stem_grid(patchembed_version, patch_size, imgsize)
-            self.pos_embed = nn.Parameter(torch.zeros(1, dims[0], grid, grid))
-            trunc_normal_(self.pos_embed, std=0.02)
-        self.patch_embed = make_stem(patchembed_version, in_chans, dims[0], patch_size, patch_norm, norm_layer)
+            self.pos_embed = nn.Parameter(torch.empty(1, dims[0], grid, grid, **dd))
+        self.patch_embed = make_stem(patchembed_version, in_chans, dims[0], patch_size, patch_norm, norm_layer, **dd)
 
         def make_block(dim: int, drop_path: float) -> VSSBlock:
             op = mlp = None
@@ -195,11 +185,12 @@ class VSSM(nn.Module):
                     forward_type=forward_type,
                     channel_first=self.channel_first,
                     impl=scan_impl,
+                    **dd,
                 )
             if mlp_ratio > 0:
                 hidden = int(dim * mlp_ratio)
-                mlp = Mlp(dim, hidden, mlp_act_layer, mlp_drop_rate, gated=gmlp, channel_first=self.channel_first)
-            return VSSBlock(op, mlp, dim, norm_layer, drop_path)
+                mlp = Mlp(dim, hidden, mlp_act_layer, mlp_drop_rate, gmlp, self.channel_first, **dd)
+            return VSSBlock(op, mlp, dim, norm_layer, drop_path, **dd)
 
         rates = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         stride = stem_stride(patchembed_version, patch_size)
@@ -208,94 +199,45 @@ class VSSM(nn.Module):
         for i, (depth, dim) in enumerate(zip(depths, dims, strict=True)):
             blocks = [make_block(dim, next(rates)) for _ in range(depth)]
             last = i + 1 == len(dims)
-            down = nn.Identity() if last else make_downsample(downsample_version, dim, dims[i + 1], norm_layer)
-            self.layers.append(VSSStage(blocks, down))
+            down = nn.Identity() if last else make_downsample(downsample_version, dim, dims[i + 1], norm_layer, **dd)
+            self.layers.append(Stage(blocks, down))
             self.feature_info.append({"num_chs": dim, "reduction": stride, "module": f"layers.{i}.blocks"})
             stride *= 1 if downsample_version == "none" else 2
 
-        self.classifier = ClassifierHead(dims[-1], num_classes, norm_layer, global_pool, drop_rate)
-        self.apply(_init_weights)
+        self.classifier = ClassifierHead(get_norm(norm_layer)(dims[-1], **dd), drop_rate, self.output_fmt)
+        self._set_classifier(num_classes, global_pool, **dd)
+        self.init_weights(needs_reset=False)
         self.set_grad_checkpointing(use_checkpoint)
-        self.register_load_state_dict_pre_hook(_convert_incoming)
+        self.register_load_state_dict_pre_hook(convert_incoming)
+
+    def _top(self) -> nn.Module:
+        return self.classifier
+
+    def reset_parameters(self) -> None:
+        """The position embedding."""
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
 
     # ---- forward ----
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> first tokens in the model's layout."""
-        x = self.patch_embed(x)
+        x = super().forward_stem(x)
         if self.pos_embed is not None:
             size = x.shape[2:] if self.channel_first else x.shape[1:3]
             pos_embed = resize_pos_embed(self.pos_embed, size)
             x = x + (pos_embed if self.channel_first else pos_embed.permute(0, 2, 3, 1))
         return x
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last map in the model's layout (`output_fmt`), before the norm of the head."""
-        x = self.forward_stem(x)
-        for stage in self.layers:
-            x = stage(x)
-        return x
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last map -> logits, or with `pre_logits` what the linear layer sees, (B, head_hidden_size)."""
         return self.classifier(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), any H and W from `patch_size` on -> logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ):
-        """Maps of the stages, each before its downsampling.
-
-        Args:
-            indices: the last n stages, the given ones, or all.
-            norm: the head's norm on the last stage's map.
-            stop_early: do not run the stages after the last wanted one.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: leave out the final features.
-
-        Returns:
-            A list of contiguous maps, or (final features as `forward_features`, list).
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt={output_fmt!r} is not one of NCHW, NHWC")
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        intermediates = []
-        x = self.forward_stem(x)
-        for i, stage in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = stage.blocks(x)
-            if i in wanted:
-                final = norm and i == len(self.layers) - 1
-                intermediates.append(self._to_format(self.classifier.norm(x) if final else x, output_fmt))
-            x = stage.downsample(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def _to_format(self, x: Tensor, output_fmt: str) -> Tensor:
-        if output_fmt != self.output_fmt:
-            x = x.permute(0, 2, 3, 1) if self.channel_first else x.permute(0, 3, 1, 2)
-        return x.contiguous()
-
     # ---- what timm expects of a model ----
-
-    def get_classifier(self) -> nn.Module:
-        return self.classifier.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.classifier.reset(num_classes, self.classifier.pool.pool_type if global_pool is None else global_pool)
-        self.classifier.to(next(self.patch_embed.parameters()).device)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for module in self.modules():
-            if isinstance(module, VSSBlock):
-                module.use_checkpoint = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layer groups for layer-wise learning rates, from the stem to the head."""
@@ -315,27 +257,6 @@ class VSSM(nn.Module):
     def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Published names and shapes, old ones included, brought to this model's."""
         return checkpoint_filter_fn(state_dict, self)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the maps of the stages `indices` do not need; returns the indices as non-negative numbers."""
-        wanted, last = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
-        self.layers[-1].downsample = nn.Identity()
-        self.num_features = self.head_hidden_size = self.dims[last]
-        if prune_norm:
-            self.classifier.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return wanted
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
@@ -365,11 +286,13 @@ _ONE_FILE_MERGING = [  # its patch merging is a Sequential(merge, norm, linear)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Bring a published state dict to today's names and to the shapes of `model`; one in this form stays as it is.
+    """Bring a published state dict or file to today's names and to the shapes of `model`; one in this form stays as
+    it is.
 
     Old names are replaced, 1x1 convolution weights become 2-D, stacked projections 3-D, and the position embedding is
     resized to the model's grid. Nothing is added or left out.
     """
+    state_dict = state_dict.get("model", state_dict)
     own = model.state_dict()
     merges = any(name.endswith(".downsample.reduction.weight") for name in own)
     renames = _RENAMES + (_ONE_FILE_MERGING if merges else [])
@@ -390,12 +313,6 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 def _same_but_for_layout(name: str, value: Tensor, target: Tensor) -> bool:
     stacked = name.endswith(("x_proj_weight", "dt_projs_weight")) and value.shape[1:] == target.shape[2:]
     return stacked or (value.dim() == 4 and value.shape == (*target.shape, 1, 1))
-
-
-def _convert_incoming(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """Hook of `load_state_dict`: convert this model's entries in place, also as a part ("backbone.") of another."""
-    mine = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
-    state_dict.update({prefix + name: value for name, value in model.convert_state_dict(mine).items()})
 
 
 # ---- variants ----

@@ -81,7 +81,7 @@ def test_printed_tree_and_csv(tmp_path, capsys):
     assert {int(row["depth"]) for row in rows.values()} == {0, 1, 2}
     assert rows["vmamba_nano", ""]["macs"] == str(card.macs)
     stage = rows["vmamba_nano", "layers.2"]
-    assert (stage["type"], stage["depth"], stage["parameters"]) == ("VSSStage", "2", "177152")
+    assert (stage["type"], stage["depth"], stage["parameters"]) == ("Stage", "2", "177152")
 
 
 @pytest.mark.parametrize("depth, lines", [("0", 1), ("1", 4)])

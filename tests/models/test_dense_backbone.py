@@ -56,11 +56,11 @@ def test_frozen_stages(name):
     optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
     sum((x * torch.randn_like(x)).sum() for x in backbone(torch.randn(2, 3, 32, 32))).backward()
     optimizer.step()
-    frozen = ("patch_embed.", "layers.0.", "pos_embed")
+    frozen = ("patch_embed.", "layers.0.", "pos_embed", "outnorm0.")
     for key, value in backbone.state_dict().items():
         if key.startswith(frozen):
             assert torch.equal(value, before[key]), key
-    later = {key: value for key, value in backbone.named_parameters() if key.startswith("layers.1.")}
+    later = {key: value for key, value in backbone.named_parameters() if key.startswith(("layers.1.", "outnorm1."))}
     assert later and not any(torch.equal(value, before[key]) for key, value in later.items())
     assert not backbone.layers[0].training and not backbone.patch_embed.training and backbone.layers[1].training
     assert all(p.requires_grad for p in DenseBackbone(name).parameters())

@@ -16,6 +16,7 @@ from timm.models import save_for_hf
 from yacs.config import CfgNode
 
 from ssm_models import load_checkpoint, read_checkpoint
+from ssm_models.vim import checkpoint_filter_fn
 from tests.models.golden import fill_model
 
 MODELS = ["vmamba_nano", "vim_nano", "vssd_nano"]
@@ -120,6 +121,42 @@ def test_a_folder(name, source, folder, x):
     maps = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()(x)
     expected = source.forward_intermediates(x, intermediates_only=True)[-len(maps) :]
     assert all(torch.equal(got, want) for got, want in zip(maps, expected, strict=True))
+
+
+@needs_hub
+@local_dir
+@pytest.mark.parametrize("pool", ["max", "avgmax", "catavgmax", ""])
+def test_a_folder_keeps_the_pooling(name, source, x, pool, tmp_path):
+    source.reset_classifier(3, pool)
+    save_for_hf(source, tmp_path, safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert model.global_pool == pool and torch.equal(model(x), source(x))
+
+
+@needs_hub
+@local_dir
+@pytest.mark.skipif(not hasattr(timm.models, "get_model_args"), reason="earlier ones store no arguments of the model")
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"if_rope": True, "cls_mode": "double"}, {"if_abs_pos_embed": False, "if_rope": True}]
+)
+@pytest.mark.parametrize("size", [(16, 48), (64, 24), (32, 32)])
+def test_rectangular_images_of_another_size(size, kwargs, tmp_path):
+    """Of 48x16 pixels: 12x4 patches, which 4x12 and no square grid have, too."""
+    source = fill_model(timm.create_model("vim_nano", img_size=(48, 16), num_classes=4, **kwargs))
+    save_for_hf(source, tmp_path, safe_serialization=True)
+    x = torch.randn(1, 3, *size)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size).eval()
+    assert model.grid == (size[0] // 4, size[1] // 4)
+    torch.testing.assert_close(model(x), source(x), rtol=1e-4, atol=1e-5)  # which resizes as it runs
+
+    shell = timm.create_model("vim_nano", img_size=size, num_classes=4, device="meta", **kwargs)
+    shell.pretrained_model_args = {"img_size": (48, 16)}
+    shell.load_state_dict(checkpoint_filter_fn(source.state_dict(), shell), assign=True)
+    assert torch.equal(shell.eval()(x), model(x))
+
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(own, strict=True)  # is of this size, whatever is known of the source
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
 
 @needs_hub

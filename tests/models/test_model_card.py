@@ -32,6 +32,9 @@ PARAMETERS = {
     "vmamba_tiny_m2": 25_340_296,
     "vmamba_small_m2": 39_079_816,
     "vmamba_base_m2": 67_527_528,
+    "vmamba_nano": 379_786,
+    "vim_nano": 252_682,
+    "vssd_nano": 506_072,
 }
 
 card = functools.lru_cache(model_card)
@@ -52,9 +55,9 @@ def test_parameters(name):
 
 
 def test_every_registered_model_has_its_numbers():
-    assert set(registered_models()) - set(PARAMETERS) == {"vmamba_nano", "vim_nano", "vssd_nano"}
-    m2 = {name for name in PARAMETERS if name.endswith("_m2")}
-    assert set(PARAMETERS) - set(PUBLISHED_MACS) == set(named("vim")) | m2
+    assert set(registered_models()) == set(PARAMETERS)
+    ours = {name for name in PARAMETERS if name.endswith(("_m2", "_nano"))}
+    assert set(PARAMETERS) - set(PUBLISHED_MACS) == set(named("vim")) | ours
 
 
 @pytest.mark.parametrize(
@@ -179,6 +182,15 @@ def test_given_model_is_counted_and_left_alone(kwargs):
     assert found.name == "VSSM" and found.macs_published is None and found.input_size == (3, 64, 96)
     assert model.training and model.layers[0].blocks[0].op.impl == kwargs.get("scan_impl", "auto")
     assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano"])
+def test_a_number_is_the_side_of_a_square(name):
+    assert model_card(name, 32) == card(name, (3, 32, 32))
+    gray = timm.create_model(name, in_chans=1)
+    assert model_card(gray, 48) == model_card(gray, (1, 48, 48))
+    with pytest.raises(ValueError, match=r"input_size=\(3, 0, 0\) is not"):
+        model_card(name, 0)
 
 
 def test_backbone_has_a_norm_per_map_instead_of_the_head():

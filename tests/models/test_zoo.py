@@ -1,16 +1,13 @@
-"""The contract of timm, over all registered models of this repository (the large ones on the meta device)."""
+"""VMamba: what its models do beside the contract of timm (test_timm_contract.py), and its arguments."""
 
 import pytest
 import timm
 import torch
-from timm.layers import set_exportable
 from timm.optim import param_groups_layer_decay
 
-import ssm_models
 from ssm_models import VSSM, DenseVSSM, from_upstream
 from ssm_models.layers.forward_type import ForwardType, parse_forward_type
 
-MODELS = timm.list_models(module="vssm")
 SMALL = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}
 
 
@@ -18,87 +15,6 @@ def create(name, **kwargs):
     """A registered model, shrunk so that a test on it is quick."""
     small = {} if name == "vmamba_nano" else SMALL
     return timm.create_model(name, num_classes=5, **(small | kwargs))
-
-
-def test_registered_names():
-    vanilla = [f"vanilla_vmamba_{size}" for size in ("base", "small", "tiny")]
-    base = ["vmamba_base_m2", "vmamba_base_s1l20", "vmamba_base_s2l15", "vmamba_nano"]
-    small = ["vmamba_small_m2", "vmamba_small_s1l20", "vmamba_small_s2l15"]
-    assert vanilla + base + small + ["vmamba_tiny_m2", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"] == sorted(MODELS)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_default_cfg_names_existing_layers(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    cfg = model.default_cfg
-    assert cfg["classifier"] + ".weight" in model.state_dict() and cfg["first_conv"] + ".weight" in model.state_dict()
-    assert model.get_classifier() is model.get_submodule(cfg["classifier"])
-    assert cfg["pool_size"][0] == cfg["input_size"][1] // model.feature_info[-1]["reduction"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_gets_a_gradient(name):
-    model = create(name)
-    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_features_head_and_intermediates_agree(name):
-    model = create(name).eval()
-    x = torch.randn(2, 3, 64, 96)
-    features = model.forward_features(x)
-    torch.testing.assert_close(model.forward_head(features), model(x))
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
-    final, maps = model.forward_intermediates(x)
-    torch.testing.assert_close(final, features)
-    for info, got in zip(model.feature_info, maps, strict=True):
-        assert got.shape == (2, info["num_chs"], 64 // info["reduction"], 96 // info["reduction"])
-    last = maps[-1] if model.output_fmt == "NCHW" else maps[-1].permute(0, 2, 3, 1)
-    torch.testing.assert_close(last, features)
-    nhwc = model.forward_intermediates(x, indices=[0], output_fmt="NHWC", stop_early=True, intermediates_only=True)
-    torch.testing.assert_close(nhwc[0], maps[0].permute(0, 2, 3, 1))
-    normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
-    torch.testing.assert_close(normed.mean((2, 3)), model.forward_head(features, pre_logits=True))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_features_only(name):
-    model = create(name, features_only=True)
-    maps = model(torch.randn(1, 3, 70, 45))
-    assert [m.shape[1] for m in maps] == model.feature_info.channels()
-    one = create(name, features_only=True, out_indices=(1,))
-    assert [m.shape[1] for m in one(torch.randn(1, 3, 64, 64))] == [model.feature_info.channels()[1]]
-    assert len(one.model.layers) == 2
-
-
-@pytest.mark.parametrize("norm_layer", ["ln", "ln2d", "bn"])
-def test_reset_classifier(norm_layer):
-    model = create("vmamba_nano", norm_layer=norm_layer).eval()
-    x = torch.randn(2, 3, 32, 32)
-    model.reset_classifier(7)
-    assert model(x).shape == (2, 7) and model.num_classes == 7
-    model.reset_classifier(0)
-    assert model(x).shape == (2, 128)
-    model.reset_classifier(0, "")
-    torch.testing.assert_close(model(x), model.classifier.norm(model.forward_features(x)))
-    model.reset_classifier(3, "catavgmax")
-    assert model(x).shape == (2, 3)
-
-
-@pytest.mark.parametrize("name", ["vanilla_vmamba_tiny", "vmamba_nano"])
-def test_checkpointing_changes_nothing(name):
-    plain, recomputed = create(name), create(name, use_checkpoint=True)
-    recomputed.load_state_dict(plain.state_dict())
-    x = torch.randn(2, 3, 32, 32)
-    for model in (plain, recomputed):
-        torch.manual_seed(3)  # drop path
-        model.train()(x).square().mean().backward()
-    for (n, a), b in zip(plain.named_parameters(), recomputed.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=n)
-    recomputed.set_grad_checkpointing(False)
-    assert not any(getattr(m, "use_checkpoint", False) for m in recomputed.modules())
 
 
 def test_no_weight_decay_names_the_scan_parameters():
@@ -196,25 +112,6 @@ def test_backbone_adds_the_position_embedding(norm_layer):
         model.pos_embed.data.copy_(moved)
 
 
-def test_compiles_as_one_graph_and_exports():
-    model = create("vmamba_nano").eval()
-    x = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    compiled(x).square().mean().backward()
-    assert all(p.grad is not None for p in model.parameters())
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
-
-
-def test_exportable_models_hold_no_custom_operator():
-    with set_exportable(True):
-        model = create("vmamba_nano").eval()
-    x = torch.randn(1, 3, 32, 32)
-    exported = torch.export.export(model, (x,))
-    assert not [n for n in exported.graph.nodes if "ssm_ops" in str(n.target)]
-    torch.testing.assert_close(exported.module()(x), model(x))
-
-
 def test_dense_backbone_picks_stages():
     model = DenseVSSM(out_indices=(1, 3), **SMALL, norm_layer="ln2d", forward_type="v05_noz", ssm_d_state=1)
     maps = model(torch.randn(1, 3, 64, 96))
@@ -288,7 +185,3 @@ def test_from_upstream_names_what_it_does_not_know():
     with pytest.raises(ValueError, match="unexpected keyword argument 'depht'"):
         from_upstream("vmamba", {"depht": 3})
     assert len(from_upstream("vmamba", {"ssm_rank_ratio": 2.0, "forward_type": "v31d_noz", **SMALL}).layers) == 4
-
-
-def test_importing_the_zoo_needs_no_script_packages():
-    assert ssm_models.__name__ == "ssm_models"

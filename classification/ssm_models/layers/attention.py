@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,13 +17,13 @@ class Attention(nn.Module):
     and values have no bias, the output has one.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide the {dim} channels of the attention")
         self.num_heads = num_heads
-        self.to_qkv = Linear(dim, 3 * dim, bias=False)
-        self.to_out = Linear(dim, dim)
+        self.to_qkv = Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
+        self.to_out = Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

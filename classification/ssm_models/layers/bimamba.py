@@ -18,7 +18,7 @@ from torch import Tensor
 from ssm_ops import bidirectional_scan, causal_conv1d, no_autocast, selective_scan
 
 from .norm import Linear
-from .ssm_init import mamba_dt_bias
+from .ssm_init import reset_decay_, reset_dt_bias_, reset_projection_
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
 
@@ -41,6 +41,7 @@ class BiMamba(nn.Module):
         init_layer_scale: initial value of factors per channel of the output, `gamma`; None for none.
         impl: implementation of the scan, see `ssm_ops`; the convolution takes the fastest there is, or "reference" with
             the scan. Under timm's exportable flag both do.
+        device, dtype: of the parameters, as in PyTorch's layers.
     """
 
     def __init__(
@@ -56,8 +57,11 @@ class BiMamba(nn.Module):
         if_divide_out: bool = True,
         init_layer_scale: float | None = None,
         impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         if bimamba_type not in BIMAMBA_TYPES:
             raise ValueError(f"bimamba_type={bimamba_type!r} is not one of {', '.join(BIMAMBA_TYPES)}")
         self.d_state = d_state
@@ -67,34 +71,45 @@ class BiMamba(nn.Module):
         self.impl = "reference" if is_exportable() else impl
         d_inner = int(expand * d_model)
 
-        def decay() -> nn.Parameter:
-            return nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, **dd))
 
         def conv() -> nn.Conv1d:
-            return nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias)
+            return nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias, **dd)
 
         # the order of all these belongs to the checkpoints
-        self.gamma = None if init_layer_scale is None else nn.Parameter(torch.full((d_model,), init_layer_scale))
-        self.A_log, self.D = decay(), nn.Parameter(torch.ones(d_inner))
+        self.init_layer_scale = init_layer_scale
+        self.gamma = None if init_layer_scale is None else empty(d_model)
+        self.A_log, self.D = empty(d_inner, d_state), empty(d_inner)
         if bimamba_type != "none":
-            self.A_b_log = decay()
+            self.A_b_log = empty(d_inner, d_state)
         if bimamba_type == "v2":
-            self.D_b = nn.Parameter(torch.ones(d_inner))
-        self.in_proj = Linear(d_model, 2 * d_inner, bias=bias)
+            self.D_b = empty(d_inner)
+        self.in_proj = Linear(d_model, 2 * d_inner, bias=bias, **dd)
         self.conv1d = conv()
-        self.x_proj = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)  # rows: dt (R), B (N), C (N)
-        self.dt_proj = nn.Linear(self.dt_rank, d_inner)
+        self.x_proj = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False, **dd)  # rows: dt (R), B (N), C (N)
+        self.dt_proj = nn.Linear(self.dt_rank, d_inner, **dd)
         if bimamba_type == "v2":
             self.conv1d_b = conv()
-            self.x_proj_b = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False)
-            self.dt_proj_b = nn.Linear(self.dt_rank, d_inner)
+            self.x_proj_b = Linear(d_inner, self.dt_rank + 2 * d_state, bias=False, **dd)
+            self.dt_proj_b = nn.Linear(self.dt_rank, d_inner, **dd)
+        self.out_proj = Linear(d_inner, d_model, bias=bias, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Values of its own parameters, and of the projections to the step sizes."""
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, self.init_layer_scale)
+        reset_decay_(self.A_log)
+        nn.init.ones_(self.D)
+        if self.bimamba_type != "none":
+            reset_decay_(self.A_b_log)
+        if self.bimamba_type == "v2":
+            nn.init.ones_(self.D_b)
             # The published models start the way back without Mamba's initial step sizes: softplus(0) = 0.69.
             nn.init.zeros_(self.dt_proj_b.bias)
-        self.out_proj = Linear(d_inner, d_model, bias=bias)
-        bound = self.dt_rank**-0.5
-        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        with torch.no_grad():
-            self.dt_proj.bias.copy_(mamba_dt_bias(d_inner))
+        reset_projection_(self.dt_proj.weight)
+        reset_dt_bias_(self.dt_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -15,8 +16,8 @@ class DepthwiseConv(Conv2d):
     The NCHW view of a contiguous NHWC map is what PyTorch calls channels_last: nothing is copied on the way in or out.
     """
 
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -39,10 +40,13 @@ class ConvNormAct(nn.Module):
         bias: bool = False,
         norm: bool = True,
         act: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.conv = Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias)
-        self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias, **dd)
+        self.norm = nn.BatchNorm2d(out_dim, **dd) if norm else nn.Identity()
         self.act = nn.ReLU(inplace=True) if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,15 +18,16 @@ from .conv import ConvNormAct
 class ConvStem(nn.Module):
     """(B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim), by five convolutions with BatchNorm."""
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         half = dim // 2
-        self.conv1 = ConvNormAct(in_chans, half, 3, stride=2, padding=1)
+        self.conv1 = ConvNormAct(in_chans, half, 3, stride=2, padding=1, **dd)
         self.conv2 = nn.Sequential(
-            ConvNormAct(half, half, 3, padding=1), ConvNormAct(half, half, 3, padding=1, act=False)
+            ConvNormAct(half, half, 3, padding=1, **dd), ConvNormAct(half, half, 3, padding=1, act=False, **dd)
         )
         self.conv3 = nn.Sequential(
-            ConvNormAct(half, 4 * dim, 3, stride=2, padding=1), ConvNormAct(4 * dim, dim, 1, act=False)
+            ConvNormAct(half, 4 * dim, 3, stride=2, padding=1, **dd), ConvNormAct(4 * dim, dim, 1, act=False, **dd)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,10 +39,11 @@ class ConvStem(nn.Module):
 class SimpleStem(nn.Module):
     """(B, in_chans, H, W) -> (B, H//4, W//4, dim): 4x4 patches, BatchNorm, ReLU, LayerNorm."""
 
-    def __init__(self, in_chans: int, dim: int):
+    def __init__(self, in_chans: int, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.conv1 = ConvNormAct(in_chans, dim, 4, stride=4)
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.conv1 = ConvNormAct(in_chans, dim, 4, stride=4, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
@@ -51,13 +53,14 @@ class SimpleStem(nn.Module):
 class ConvDownsample(nn.Module):
     """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C): widen to 8C, depthwise 3x3 of stride 2, narrow to 2C."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         wide = 8 * dim
         self.conv = nn.Sequential(
-            ConvNormAct(dim, wide, 1, bias=True, norm=False),
-            ConvNormAct(wide, wide, 3, stride=2, padding=1, groups=wide, bias=True, norm=False),
-            ConvNormAct(wide, 2 * dim, 1, bias=True, act=False),
+            ConvNormAct(dim, wide, 1, bias=True, norm=False, **dd),
+            ConvNormAct(wide, wide, 3, stride=2, padding=1, groups=wide, bias=True, norm=False, **dd),
+            ConvNormAct(wide, 2 * dim, 1, bias=True, act=False, **dd),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,10 +73,11 @@ class SimpleDownsample(nn.Module):
     The ReLU before the norm is the published code's; weights trained with it need it.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.conv = nn.Sequential(ConvNormAct(dim, 2 * dim, 3, stride=2, padding=1, bias=True, norm=False))
-        self.norm = nn.LayerNorm(2 * dim)
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Sequential(ConvNormAct(dim, 2 * dim, 3, stride=2, padding=1, bias=True, norm=False, **dd))
+        self.norm = nn.LayerNorm(2 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

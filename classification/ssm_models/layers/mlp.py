@@ -29,15 +29,18 @@ class Mlp(nn.Module):
         drop: float = 0.0,
         gated: bool = False,
         channel_first: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         linear = get_linear(channel_first)
         self.gated = gated
         self.recompute = False
         self.channel_dim = 1 if channel_first else -1
-        self.fc1 = linear(dim, hidden_dim * (2 if gated else 1))
+        self.fc1 = linear(dim, hidden_dim * (2 if gated else 1), **dd)
         self.act = get_act(act_layer)
-        self.fc2 = linear(hidden_dim, dim)
+        self.fc2 = linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

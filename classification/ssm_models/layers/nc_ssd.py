@@ -19,7 +19,7 @@ from ssm_ops import nc_ssd, ssd_chunk_scan
 
 from .conv import DepthwiseConv
 from .norm import Linear
-from .ssm_init import mamba_dt_bias
+from .ssm_init import reset_dt_bias_, reset_head_decay_
 
 
 class NCSSD(nn.Module):
@@ -38,6 +38,7 @@ class NCSSD(nn.Module):
             NC-SSD knows no direction.
         chunk_size: of the causal form; changes time and memory, not the result.
         impl: implementation of the operators, see `ssm_ops`; under timm's exportable flag "reference" is taken.
+        device, dtype: of the parameters, as in PyTorch's layers.
     """
 
     def __init__(
@@ -52,8 +53,11 @@ class NCSSD(nn.Module):
         bidirection: bool = False,
         chunk_size: int = 256,
         impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         d_inner = expand * d_model
         if d_inner % headdim:
             raise ValueError(f"headdim={headdim} does not divide the {d_inner} inner channels")
@@ -71,13 +75,17 @@ class NCSSD(nn.Module):
         d_conv = d_inner + 2 * groups * d_state
         self.proj_sizes = [d_inner, d_conv, nheads]  # gate, what is convolved, dt
         self.conv_sizes = [d_inner, groups * d_state, groups * d_state]  # x, B, C
-        self.dt_bias = nn.Parameter(mamba_dt_bias(nheads))
-        self.A_log = nn.Parameter(torch.empty(nheads).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(nheads))
-        self.in_proj = Linear(d_model, sum(self.proj_sizes), bias=False)
-        self.conv2d = DepthwiseConv(d_conv)
-        self.norm = nn.LayerNorm(d_inner)
-        self.out_proj = Linear(d_inner, d_model, bias=False)
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(nheads, **dd)) for _ in range(3))
+        self.in_proj = Linear(d_model, sum(self.proj_sizes), bias=False, **dd)
+        self.conv2d = DepthwiseConv(d_conv, **dd)
+        self.norm = nn.LayerNorm(d_inner, **dd)
+        self.out_proj = Linear(d_inner, d_model, bias=False, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset_dt_bias_(self.dt_bias)
+        reset_head_decay_(self.A_log)
+        nn.init.ones_(self.D)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same."""

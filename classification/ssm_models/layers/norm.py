@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, is_exportable
 from torch import Tensor
+from torchvision.ops import Permute
 
 _NORMS = {
     "ln": partial(nn.LayerNorm, eps=1e-5),
@@ -48,8 +49,15 @@ class Linear(nn.Linear):
     blocks of 16; other sizes are left to the BLAS.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.convolves = in_features % 16 == 0 == out_features % 16 and not is_exportable()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,28 +72,14 @@ def get_linear(channel_first: bool) -> type[nn.Linear]:
     return Linear2d if channel_first else Linear
 
 
-class Permute(nn.Module):
-    """`x.permute(*dims)` as a module; keeps its place in a Sequential, whose indices are checkpoint keys."""
-
-    def __init__(self, *dims: int):
-        super().__init__()
-        self.dims = dims
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(*self.dims)
-
-    def extra_repr(self) -> str:
-        return ", ".join(map(str, self.dims))
-
-
 def to_channel_last() -> Permute:
     """(B, C, H, W) -> (B, H, W, C)"""
-    return Permute(0, 2, 3, 1)
+    return Permute([0, 2, 3, 1])
 
 
 def to_channel_first() -> Permute:
     """(B, H, W, C) -> (B, C, H, W)"""
-    return Permute(0, 3, 1, 2)
+    return Permute([0, 3, 1, 2])
 
 
 class RMSNorm(nn.Module):
@@ -94,14 +88,23 @@ class RMSNorm(nn.Module):
     The result has the dtype of the weight, whatever the precision of the residual stream it reads.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5):
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        x = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight.shape, eps=self.eps)
         return x.to(self.weight.dtype) * self.weight
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,12 @@ def split_rows(x: Tensor, rows: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     return patches, [x[:, row : row + 1] for row in rows]
 
 
+def grid_with(patches: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """The first of `grids` that has so many patches, or else the square one that has."""
+    side = math.isqrt(max(patches, 0))
+    return next((grid for grid in (*grids, (side, side)) if math.prod(grid) == patches > 0), None)
+
+
 def resize_pos_embed(
     pos_embed: Tensor,
     old_grid: Sequence[int],
@@ -45,6 +52,9 @@ def resize_pos_embed(
     new_rows: Sequence[int],
 ) -> Tensor:
     """Bicubic interpolation of the rows of patches; rows of class tokens stay as they are and go to their new places.
+
+    As timm's `resample_abs_pos_embed` without antialiasing, which knows class tokens at the start alone, and computes
+    float64 in float32.
 
     Args:
         pos_embed: (1, h*w + tokens, C).

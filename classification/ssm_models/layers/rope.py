@@ -21,16 +21,29 @@ class GridRope(nn.Module):
         pretrained_side: of the grid at which positions are 0, 1, 2, ...; others are scaled to its extent.
     """
 
-    def __init__(self, dim: int, grid: tuple[int, int], pretrained_side: int):
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        pretrained_side: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if dim % 4:
             raise ValueError(f"embed_dim={dim} must be a multiple of 4 for rotary position embeddings")
         self.dim, self.grid, self.pretrained_side = dim, tuple(grid), pretrained_side
-        cos, sin = self._tables(*grid)
-        self.register_buffer("freqs_cos", cos)
-        self.register_buffer("freqs_sin", sin)
+        for name in ("freqs_cos", "freqs_sin"):
+            self.register_buffer(name, torch.empty(grid[0] * grid[1], dim, device=device, dtype=dtype))
+        self.reset_parameters()
 
-    def _tables(self, h: int, w: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    def reset_parameters(self) -> None:
+        """The tables anew; they are computed, not learned."""
+        cos, sin = self.tables(*self.grid, device=self.freqs_cos.device)
+        self.freqs_cos.copy_(cos)
+        self.freqs_sin.copy_(sin)
+
+    def tables(self, h: int, w: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """(h * w, C) each."""
         half = self.dim // 2
         # written so that the tables equal those in the checkpoints to the last bit
@@ -49,7 +62,7 @@ class GridRope(nn.Module):
         if tuple(grid) == self.grid:
             cos, sin = self.freqs_cos, self.freqs_sin
         else:
-            cos, sin = self._tables(*grid, device=x.device)
+            cos, sin = self.tables(*grid, device=x.device)
         a, b = x.unflatten(2, (-1, 2)).unbind(3)
         turned = torch.stack([-b, a], 3).flatten(2)
         return x * cos.to(x.dtype) + turned * sin.to(x.dtype)

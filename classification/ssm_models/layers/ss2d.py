@@ -22,7 +22,7 @@ from .act import get_act
 from .conv2d import Conv2d
 from .forward_type import parse_forward_type
 from .norm import get_linear, get_norm, to_channel_first, to_channel_last
-from .ssm_init import ssm_parameters, x_proj_parameter
+from .ssm_init import reset_projection_, reset_ssm, ssm_parameters, x_proj_parameter
 
 K = 4
 
@@ -42,6 +42,7 @@ class SS2D(nn.Module):
         forward_type: the published name of the variant, see forward_type.py.
         channel_first: (B, C, H, W) instead of (B, H, W, C).
         impl: implementation of the operators, see `ssm_ops`; under timm's exportable flag "reference" is taken.
+        device, dtype: of the parameters, as in PyTorch's layers.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class SS2D(nn.Module):
         forward_type: str = "v2",
         channel_first: bool = False,
         impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         variant = parse_forward_type(forward_type)
         if variant.fixed and (act_layer.lower(), d_conv, conv_bias, initialize) != ("silu", 3, True, "v0"):
             raise ValueError(
@@ -75,16 +79,18 @@ class SS2D(nn.Module):
         self.channel_first = channel_first
         self.impl = "reference" if is_exportable() else impl
 
-        self.x_proj_weight = x_proj_parameter(K, d_inner, d_state, self.dt_rank)
-        for name, parameter in ssm_parameters(initialize, K, d_inner, d_state, self.dt_rank).items():
+        self.initialize = initialize
+        self.x_proj_weight = x_proj_parameter(K, d_inner, d_state, self.dt_rank, **dd)
+        for name, parameter in ssm_parameters(K, d_inner, d_state, self.dt_rank, **dd).items():
             self.register_parameter(name, parameter)
 
-        out_norm = make_out_norm(variant.out_norm, d_inner, channel_first)
+        out_norm = make_out_norm(variant.out_norm, d_inner, channel_first, **dd)
         if not variant.fixed:  # this place in the order of the parameters belongs to the checkpoints
             self.out_norm = out_norm
-        self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False)
+        self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False, **dd)
         if d_conv > 1:
-            self.conv2d = Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias)
+            conv = {"groups": d_inner, "padding": d_conv // 2, "bias": conv_bias}
+            self.conv2d = Conv2d(d_inner, d_inner, d_conv, **conv, **dd)
         else:
             self.conv2d = nn.Identity()
         self.act = get_act(act_layer)
@@ -92,8 +98,13 @@ class SS2D(nn.Module):
         if variant.fixed:
             self.out_norm = out_norm
         self.out_act = nn.GELU() if variant.out_act else nn.Identity()
-        self.out_proj = linear(d_inner, d_model, bias=False)
+        self.out_proj = linear(d_inner, d_model, bias=False, **dd)
         self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset_projection_(self.x_proj_weight)
+        reset_ssm(self.initialize, self.A_logs, self.Ds, self.dt_projs_weight, self.dt_projs_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""
@@ -184,13 +195,20 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def make_out_norm(kind: str, dim: int, channel_first: bool) -> nn.Module:
+def make_out_norm(
+    kind: str,
+    dim: int,
+    channel_first: bool,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """The norm between scan and out_proj, for the layout of the block. Sequential indices are checkpoint keys."""
     first, last = (nn.Identity, nn.Identity) if channel_first else (to_channel_first, to_channel_last)
     norm = get_norm("ln2d" if channel_first else "ln")
-    conv = {"kernel_size": 3, "padding": 1, "groups": dim, "bias": False}
+    dd = {"device": device, "dtype": dtype}
+    conv = {"kernel_size": 3, "padding": 1, "groups": dim, "bias": False, **dd}
     if kind == "ln":
-        return norm(dim)
+        return norm(dim, **dd)
     if kind == "none":
         return nn.Identity()
     if kind == "sigmoid":
@@ -199,7 +217,7 @@ def make_out_norm(kind: str, dim: int, channel_first: bool) -> nn.Module:
         return SpatialSoftmax(channel_first)
     if kind == "dwconv3":
         return nn.Sequential(first(), Conv2d(dim, dim, **conv), last())
-    return nn.Sequential(norm(dim), first(), Conv2d(dim, dim, **conv), last())  # cnorm
+    return nn.Sequential(norm(dim, **dd), first(), Conv2d(dim, dim, **conv), last())  # cnorm
 
 
 class SpatialSoftmax(nn.Module):

@@ -22,7 +22,7 @@ from .conv2d import Conv2d
 from .forward_type import parse_m0
 from .norm import get_linear, to_channel_first, to_channel_last
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
-from .ssm_init import ssd_parameters, x_proj_parameter
+from .ssm_init import reset_projection_, reset_ssd, ssd_parameters, x_proj_parameter
 
 
 class SS2DM0(nn.Module):
@@ -51,8 +51,11 @@ class SS2DM0(nn.Module):
         channel_first: bool = False,
         initial_state: bool = False,
         impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         variant = parse_m0(forward_type)
         check_conv(d_conv)
         d_inner = int(ssm_ratio * d_model)
@@ -66,18 +69,20 @@ class SS2DM0(nn.Module):
         self.channel_first = channel_first
         self.impl = "reference" if is_exportable() else impl
 
-        self.x_proj_weight = x_proj_parameter(K, d_inner, d_state, self.dt_rank)
-        for name, parameter in ssd_parameters(initialize, K, d_inner, self.dt_rank).items():
+        self.initialize = initialize
+        self.x_proj_weight = x_proj_parameter(K, d_inner, d_state, self.dt_rank, **dd)
+        for name, parameter in ssd_parameters(K, d_inner, self.dt_rank, **dd).items():
             self.register_parameter(name, parameter)
-        state = torch.zeros(1, K * self.dt_rank, d_inner // self.dt_rank, d_state)
+        state = torch.empty(1, K * self.dt_rank, d_inner // self.dt_rank, d_state, **dd)
         self.initial_state = nn.Parameter(state, requires_grad=False) if initial_state else None
-        self.out_norm = make_out_norm(variant.out_norm, d_inner, channel_first)
+        self.out_norm = make_out_norm(variant.out_norm, d_inner, channel_first, **dd)
         linear = get_linear(channel_first)
-        self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False)
+        self.in_proj = linear(d_model, d_inner * (2 if variant.gate else 1), bias=False, **dd)
         if d_conv > 1:  # the place in the Sequential is a checkpoint key
+            conv = {"groups": d_inner, "padding": d_conv // 2, "bias": conv_bias}
             self.conv2d = nn.Sequential(
                 nn.Identity() if channel_first else to_channel_first(),
-                Conv2d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv // 2, bias=conv_bias),
+                Conv2d(d_inner, d_inner, d_conv, **conv, **dd),
                 nn.Identity() if channel_first else to_channel_last(),
             )
         else:
@@ -85,8 +90,15 @@ class SS2DM0(nn.Module):
         self.act = get_act(act_layer)
         self.gate_act = get_act(act_layer) if variant.gate_act else nn.Identity()
         self.out_act = nn.GELU() if variant.out_act else nn.Identity()
-        self.out_proj = linear(d_inner, d_model, bias=False)
+        self.out_proj = linear(d_inner, d_model, bias=False, **dd)
         self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        reset_projection_(self.x_proj_weight)
+        reset_ssd(self.initialize, self.Ds, self.A_logs, self.dt_projs_bias)
+        if self.initial_state is not None:
+            nn.init.zeros_(self.initial_state)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""

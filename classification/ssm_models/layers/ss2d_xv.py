@@ -21,7 +21,7 @@ from .conv2d import Conv2d
 from .forward_type import parse_xv
 from .norm import get_linear
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
-from .ssm_init import ssm_parameters
+from .ssm_init import reset_ssm, ssm_parameters
 
 
 class SS2DXv(nn.Module):
@@ -50,8 +50,11 @@ class SS2DXv(nn.Module):
         forward_type: str = "xv1a",
         channel_first: bool = False,
         impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         variant = parse_xv(forward_type)
         check_conv(d_conv)
         if d_conv < 2 and (variant.conv_act or not variant.in_conv):
@@ -73,15 +76,16 @@ class SS2DXv(nn.Module):
         self.impl = "reference" if is_exportable() else impl
 
         def conv(dim: int) -> nn.Module:
-            return MapConv(dim, d_conv, conv_bias, channel_first) if d_conv > 1 else nn.Identity()
+            return MapConv(dim, d_conv, conv_bias, channel_first, **dd) if d_conv > 1 else nn.Identity()
 
-        parameters = ssm_parameters(initialize, K, d_inner, d_state, rank, dt_std=1.0)
+        self.initialize = initialize
+        parameters = ssm_parameters(K, d_inner, d_state, rank, **dd)
         for name in ("dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"):
             if name != "dt_projs_weight" or self.dt != "given":
                 self.register_parameter(name, parameters[name])
-        self.out_norm = make_out_norm(variant.out_norm, d_inner, channel_first)
+        self.out_norm = make_out_norm(variant.out_norm, d_inner, channel_first, **dd)
         linear = get_linear(channel_first)
-        self.in_proj = linear(d_model, sum(self.splits), bias=False)
+        self.in_proj = linear(d_model, sum(self.splits), bias=False, **dd)
         if self.in_conv:
             self.conv2d = conv(d_model)
         if self.proj_conv:
@@ -90,8 +94,13 @@ class SS2DXv(nn.Module):
             self.oconv2d = conv(d_inner)
         self.conv_act = get_act(variant.conv_act) if variant.conv_act else nn.Identity()
         self.out_act = nn.GELU() if variant.out_act else nn.Identity()
-        self.out_proj = linear(d_inner, d_model, bias=False)
+        self.out_proj = linear(d_inner, d_model, bias=False, **dd)
         self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        dt_weight = None if self.dt == "given" else self.dt_projs_weight
+        reset_ssm(self.initialize, self.A_logs, self.Ds, dt_weight, self.dt_projs_bias, dt_std=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""
@@ -157,8 +166,17 @@ class SS2DXv(nn.Module):
 class MapConv(Conv2d):
     """Depthwise convolution of a map in the layout of the block."""
 
-    def __init__(self, dim: int, kernel_size: int, bias: bool, channel_first: bool):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias)
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        bias: bool,
+        channel_first: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias, **dd)
         self.channel_first = channel_first
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,7 +17,14 @@ DOWNSAMPLES = ("v1", "v2", "v3", "none")
 
 
 def make_stem(
-    version: str, in_chans: int, dim: int, patch_size: int, patch_norm: bool, norm_layer: str
+    version: str,
+    in_chans: int,
+    dim: int,
+    patch_size: int,
+    patch_norm: bool,
+    norm_layer: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Sequential:
     """(B, in_chans, H, W) -> (B, h, w, dim), or (B, dim, h, w) for channel-first norms.
 
@@ -23,15 +32,16 @@ def make_stem(
     `patch_size` in all only for 4, the published size; the published form is kept for the others too, `stem_stride`
     tells the truth.
     """
+    dd = {"device": device, "dtype": dtype}
     channel_first = is_channel_first(norm_layer)
-    norm = get_norm(norm_layer) if patch_norm else nn.Identity
+    norm = partial(get_norm(norm_layer), **dd) if patch_norm else nn.Identity
     last = nn.Identity if channel_first else to_channel_last
     first = nn.Identity if channel_first else to_channel_first
     if version == "v1":
-        return nn.Sequential(Conv2d(in_chans, dim, patch_size, patch_size), last(), norm(dim))
+        return nn.Sequential(Conv2d(in_chans, dim, patch_size, patch_size, **dd), last(), norm(dim))
     if version == "v2":
         stride = patch_size // 2
-        conv = {"kernel_size": stride + 1, "stride": stride, "padding": 1}
+        conv = {"kernel_size": stride + 1, "stride": stride, "padding": 1, **dd}
         return nn.Sequential(
             Conv2d(in_chans, dim // 2, **conv),
             last(),
@@ -59,21 +69,29 @@ def stem_grid(version: str, patch_size: int, size: int) -> int:
     return size
 
 
-def make_downsample(version: str, dim: int, out_dim: int, norm_layer: str) -> nn.Module:
+def make_downsample(
+    version: str,
+    dim: int,
+    out_dim: int,
+    norm_layer: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Halve height and width and change `dim` channels to `out_dim`; "none" does neither.
 
     Odd sizes: "v1" pads (rounds up), "v2" drops the last row or column (rounds down), "v3" rounds up.
     """
+    dd = {"device": device, "dtype": dtype}
     channel_first = is_channel_first(norm_layer)
     if version == "v1":
-        return PatchMerging(dim, out_dim, norm_layer)
+        return PatchMerging(dim, out_dim, norm_layer, **dd)
     if version in ("v2", "v3"):
         kernel = {"kernel_size": 2, "stride": 2} if version == "v2" else {"kernel_size": 3, "stride": 2, "padding": 1}
         return nn.Sequential(
             nn.Identity() if channel_first else to_channel_first(),
-            Conv2d(dim, out_dim, **kernel),
+            Conv2d(dim, out_dim, **kernel, **dd),
             nn.Identity() if channel_first else to_channel_last(),
-            get_norm(norm_layer)(out_dim),
+            get_norm(norm_layer)(out_dim, **dd),
         )
     if version == "none":
         if dim != out_dim:
@@ -88,11 +106,19 @@ class PatchMerging(nn.Module):
     Odd sizes are padded with a row or column of zeros at the bottom or right.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: str):
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        norm_layer: str,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        dd = {"device": device, "dtype": dtype}
         self.channel_first = is_channel_first(norm_layer)
-        self.reduction = get_linear(self.channel_first)(4 * dim, out_dim, bias=False)
-        self.norm = get_norm(norm_layer)(4 * dim)
+        self.reduction = get_linear(self.channel_first)(4 * dim, out_dim, bias=False, **dd)
+        self.norm = get_norm(norm_layer)(4 * dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:] if self.channel_first else x.shape[1:3]
