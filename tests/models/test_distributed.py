@@ -105,6 +105,7 @@ def train_two_steps(rank: int, port: int) -> list[list[float]]:
                 sum(x.square().mean() for x in maps).backward()
                 optimizer.step()
             results.append([float(p.detach().double().sum()) for p in backbone.parameters()])
+        dist.barrier()  # the first process holds the address: it leaves last
     finally:
         dist.destroy_process_group()
     return results
@@ -128,6 +129,6 @@ def test_two_processes_train_backbones_with_fewer_maps_than_stages():
         text=True,
     )
     sums = train_two_steps(0, port)
-    told = json.loads(second.communicate(timeout=60)[0])
+    told = json.loads(second.communicate(timeout=300)[0])
     assert told == {"sums": sums, "warnings": []}
     assert len(sums) == 5 and min(map(len, sums)) > 10
