@@ -49,10 +49,10 @@ def _of_record(record: Record, made: dict[int, Any]) -> Any:
     if record.name == "builtins.getattr":
         return _statistic(*record.args)
     if kind == "scalar":
-        dtype, data = _checked(record.args, Record, bytes)
+        dtype, data = _checked(record.args, Record, object)
         return _numbers(dtype, (), data).item()
     if kind == "_reconstruct":
-        _, shape, dtype, by_columns, data = _checked(record.state, int, tuple, Record, (bool, int), bytes)
+        _, shape, dtype, by_columns, data = _checked(record.state, int, tuple, Record, (bool, int), object)
         return _numbers(dtype, shape, data, "F" if by_columns else "C")
     return record
 
@@ -63,7 +63,7 @@ def _checked(values: Any, *kinds: Any) -> tuple:
     return values
 
 
-def _numbers(dtype: Record, shape: tuple, data: bytes, order: str = "C") -> np.ndarray:
+def _numbers(dtype: Record, shape: tuple, data: Any, order: str = "C") -> np.ndarray:
     name, *_ = dtype.args or (None,)
     byte_order = dtype.state[1] if type(dtype.state) is tuple and len(dtype.state) > 1 else None
     if name not in _NUMBERS or byte_order not in ("<", "|"):
@@ -71,8 +71,8 @@ def _numbers(dtype: Record, shape: tuple, data: bytes, order: str = "C") -> np.n
     kind = np.dtype(f"<{name}")
     if not all(type(extent) is int and extent >= 0 for extent in shape) or len(shape) > 32:
         raise ValueError("an array without a shape")
-    if math.prod(shape) * kind.itemsize != len(data):
-        raise ValueError(f"an array of shape {list(shape)} in {len(data)} bytes")
+    if not isinstance(data, bytes) or math.prod(shape) * kind.itemsize != len(data):
+        raise ValueError(f"an array of shape {list(shape)} and {name} in other bytes")
     return np.frombuffer(data, kind).reshape(shape, order=order).copy(order)
 
 

@@ -95,6 +95,8 @@ def _instruction(file: io.BufferedIOBase) -> tuple[str, Any]:
         raise Malformed("its pickle is broken: an instruction that there is not")
     if opcode.name not in _KNOWN:
         raise Refused(f"instruction {opcode.name}")
+    if opcode.name == "GLOBAL":  # whose reader in pickletools takes backslashes for escapes, and warns of them
+        return opcode.name, [file.readline().removesuffix(b"\n").decode() for _ in range(2)]
     return opcode.name, opcode.arg and opcode.arg.reader(file)
 
 
@@ -233,8 +235,8 @@ class _Machine:
 
     # ---- names and calls ----
 
-    def _global(self, argument: str) -> None:
-        self._name(*argument.split(" ", 1))
+    def _global(self, names: list[str]) -> None:
+        self._name(*names)
 
     def _stack_global(self, _: None) -> None:
         name = self._take()

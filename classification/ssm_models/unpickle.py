@@ -114,7 +114,7 @@ _RECORDS = [
     # "message_hub" of detectors and segmentors: arrays of past losses, and the names of functions on them
     *("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr"),
     # arrays and accuracies
-    *("builtins.bytes", "numpy.dtype", "numpy.ndarray"),
+    *("numpy.dtype", "numpy.ndarray"),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     # tensors that are no weights
     *("torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.serialization._get_layout"),
@@ -160,6 +160,7 @@ def _calls(tensor: Callable[..., Any]) -> dict[str, Call | None]:
         "collections.Counter": copied.counter,
         "yacs.config.CfgNode": lambda: OrderedDict(),  # "config" of VMamba and VSSD
         "builtins.set": copied.set,
+        "builtins.bytes": lambda: b"",
         "builtins.bytearray": lambda data=b"": data,
         "builtins.complex": lambda real, imaginary: complex(real, imaginary),
         "_codecs.encode": copied.encode,

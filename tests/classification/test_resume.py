@@ -73,7 +73,7 @@ def test_two_processes(torchrun, tiny_cfg, same_state, tmp_path):
     same_state(tmp_path / "whole/checkpoints/epoch_0002", tmp_path / "again/checkpoints/epoch_0002")
 
 
-def test_another_number_of_processes(cli, torchrun, tiny_cfg, read_log, fails, tmp_path):
+def test_another_number_of_processes(cli, torchrun, tiny_cfg, read_log, tmp_path):
     """2 -> 1 -> 2: without augmentation the losses are those of the whole run, as order and updates are the same."""
     options = ["TRAIN.KEEP_CHECKPOINTS", "99", "TRAIN.SAVE_UPDATES", "2"]
     assert cli("--output", tmp_path / "whole", "--batch-size", 4, "--opts", *options).status == 0
@@ -117,10 +117,18 @@ def test_another_number_of_processes(cli, torchrun, tiny_cfg, read_log, fails, t
         for one, other in zip(expected, found, strict=True):
             assert (one["update"], one["epoch"], one["lr"]) == (other["update"], other["epoch"], other["lr"])
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    # what cannot be shared is refused
-    meta = checkpoints / "epoch_0002/meta.json"
-    content = json.loads(meta.read_text())
+    content = json.loads((checkpoints / "epoch_0002/meta.json").read_text())
     assert (content["processes"], content["images_per_update"]) == (2, 4)
+    # what cannot be shared is refused, and nothing is written
+    before = sorted(checkpoints.iterdir())
+    done = torchrun(3, *common)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    newest = (checkpoints / "epoch_0002").resolve()
+    assert done.returncode != 0 and lines == [
+        f"error: {newest} was written with 4 images per update, which 3 processes cannot share: use a number that "
+        "divides it"
+    ]
+    assert sorted(checkpoints.iterdir()) == before and read_log(tmp_path / "run", "train") == together
 
 
 def test_another_batch_size(cli, fails, tmp_path):

@@ -88,15 +88,19 @@ def test_arrays_of_another_kind_than_their_bytes(changed, tmp_path):
 
 # ---- the commands ----
 
-TASKS = {"detection": "mask-rcnn_vmamba-nano_fpn_digits.py", "segmentation": "upernet_vmamba-nano_digits.py"}
-SHORT = ["train_cfg.max_epochs=1", "train_cfg.val_interval=9", "log_level=ERROR"]
+# the checkpoint below is of the last step, so that there is nothing left to train
+TASKS = {
+    "detection": ("mask-rcnn_vmamba-nano_fpn_digits.py", "train_cfg.max_epochs=1"),
+    "segmentation": ("upernet_vmamba-nano_digits.py", "train_cfg.max_iters=2"),
+}
+SHORT = ["train_cfg.val_interval=9", "log_level=ERROR"]
 SHORT += [f"{split}_dataloader.{key}" for split in ("train", "val", "test")
           for key in ("num_workers=0", "persistent_workers=False")]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=TASKS)
 def task(request, tmp_path_factory):
-    """(tools by name, config, data, weights of the model, a folder) of a task"""
+    """(tools by name, config, common flags, weights of the model, a folder) of a task"""
     name = request.param
     pytest.importorskip("mmdet" if name == "detection" else "mmseg")
     digit_scenes, *tools = (
@@ -105,13 +109,14 @@ def task(request, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp(name)
     assert digit_scenes.main(["--out", str(folder / "data"), "--train", "2", "--val", "1"]) == 0
-    config = ROOT / "configs" / name / "digits" / TASKS[name]
+    config = ROOT / "configs" / name / "digits" / TASKS[name][0]
     weights = MODELS.build(read_config(str(config)).model).state_dict()
-    return dict(zip(("train", "test", "demo"), tools, strict=True)), config, folder / "data", weights, folder
+    common = ["--data-root", str(folder / "data"), "--cfg-options", *SHORT, TASKS[name][1]]
+    return dict(zip(("train", "test", "demo"), tools, strict=True)), config, common, weights, folder
 
 
 def test_no_command_executes_the_config_in_a_checkpoint(task, capfd):
-    tools, config, data, weights, folder = task
+    tools, config, common, weights, folder = task
     code = f"open({str(folder / 'executed')!r}, 'w').close()\nx = 1\n"
     meta = {
         "epoch": 1,
@@ -126,15 +131,13 @@ def test_no_command_executes_the_config_in_a_checkpoint(task, capfd):
     torch.save(content, path)
     assert set(read_to_resume(path)["meta"]) == {"epoch", "iter", "dataset_meta"}
     assert read_to_resume(path)["message_hub"]["runtime_info"] == {}
-    image = next(data.rglob("*1.png"))
+    image = next((folder / "data").rglob("*1.png"))
     Image.open(image).convert("RGB").save(folder / "image.png")
-    common = ["--work-dir", str(folder / "work"), "--data-root", str(data), "--cfg-options", *SHORT]
     demo = ["--config", str(config), "--checkpoint", str(path), "--device", "cpu", "--out-dir", str(folder / "out")]
     for tool, arguments in (
-        # the epoch of the checkpoint is the last, so there is nothing left to train
-        ("train", [str(config), "--resume", str(path), *common]),
-        ("train", [str(config), "--resume", "--work-dir", str(folder), *common[2:]]),
-        ("test", [str(config), str(path), *common]),
+        ("train", [str(config), "--resume", str(path), "--work-dir", str(folder / "work"), *common]),
+        ("train", [str(config), "--resume", "--work-dir", str(folder), *common]),
+        ("test", [str(config), str(path), "--work-dir", str(folder / "work"), *common]),
         ("demo", [str(folder / "image.png"), *demo]),
     ):
         assert tools[tool].main(arguments) == 0, capfd.readouterr().err
@@ -145,9 +148,8 @@ def test_no_command_executes_the_config_in_a_checkpoint(task, capfd):
 
 
 def test_what_is_no_training_is_not_resumed(task, capfd):
-    tools, config, data, weights, folder = task
+    tools, config, common, weights, folder = task
     path = folder / "weights.pth"
-    common = ["--work-dir", str(folder / "work"), "--data-root", str(data), "--cfg-options", *SHORT]
     meta, hub = {"epoch": 1, "iter": 2}, {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
     for content in (
         {"state_dict": weights},
@@ -158,6 +160,8 @@ def test_what_is_no_training_is_not_resumed(task, capfd):
     ):
         torch.save(content, path)
         capfd.readouterr()
-        assert tools["train"].main([str(config), "--resume", str(path), *common]) == 2
+        assert (
+            tools["train"].main([str(config), "--resume", str(path), "--work-dir", str(folder / "work"), *common]) == 2
+        )
         line = capfd.readouterr().err.strip().splitlines()[-1]
         assert line.startswith(f"error: checkpoint {path} holds no state of a training: ")

@@ -2,7 +2,7 @@
 
     checkpoints/epoch_0007/model.safetensors      weights after 7 epochs
                            model_ema.safetensors  averaged weights, if kept
-                           train_state.pt         optimizer, scaler, update count; read with weights_only=True
+                           train_state.pt         optimizer, scaler, update count; read as data only
                            meta.json              epoch, update, best and last results, config text, versions
                            SHA256SUMS             of the other files, for us and for `sha256sum -c`
     checkpoints/epoch_0007_update_000500/         the same, 500 updates into the next epoch
@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ssm_models.checkpoint import describe_difference
+from ssm_models.checkpoint import CheckpointError, describe_difference
+from ssm_models.unpickle import read_pickle
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import ASIDE, is_disk_full, link_atomic, sync_folder, write_synced
 
@@ -232,7 +234,10 @@ class Checkpoint:
 
     def weights(self, name: str, model: nn.Module) -> Weights:
         """The tensors of file `name` (MODEL or MODEL_EMA); UserError names the keys in which `model` differs."""
-        tensors = load_file(self.folder / name)
+        try:
+            tensors = load_file(self.folder / name)
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / name} is no safetensors file: {error}; use another checkpoint") from error
         difference = describe_difference(tensors, model.state_dict())
         if difference:
             raise UserError(
@@ -241,8 +246,18 @@ class Checkpoint:
         return tensors
 
     def train_state(self) -> dict[str, Any]:
-        """The content of train_state.pt: tensors, numbers and names only."""
-        return torch.load(self.folder / TRAIN_STATE, map_location="cpu", weights_only=True)
+        """The content of train_state.pt: tensors, numbers and names only. UserError for anything else."""
+        try:
+            state = read_pickle(self.folder / TRAIN_STATE)
+        except CheckpointError as error:
+            raise UserError(f"{error}; use another checkpoint") from error
+        match state:
+            case {"optimizer": dict(parameters), "scaler": dict(), "updates": int()} if all(
+                isinstance(value, dict) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+                for value in parameters.values()
+            ):
+                return state
+        raise UserError(f"{self.folder / TRAIN_STATE} holds no state of a training; use another checkpoint")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -260,9 +275,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             if name not in sums:
                 raise UserError(f"{folder} is damaged ({_SUMS} does not list {name}); use another checkpoint")
         for name, digest in sums.items():
+            if Path(name).name != name:
+                raise UserError(f"{folder} is damaged ({_SUMS} lists {name!r}, which is not in it); use another one")
             if _digest(folder / name) != digest:
                 raise UserError(f"{folder} is damaged ({name} is not what was saved); use another checkpoint")
         meta = json.loads((folder / META).read_text())
+        if not isinstance(meta, dict) or not all(type(meta.get(name)) is int for name in Position._fields):
+            raise UserError(f"{folder} is damaged ({META} has no position); use another checkpoint")
+    except RecursionError as error:
+        raise UserError(f"{folder} is damaged ({META} is nested too deeply); use another checkpoint") from error
     except OSError as error:
         missing = Path(error.filename or folder).name
         raise UserError(f"{folder} is no complete checkpoint ({missing}: {error.strerror}); use another one") from error
