@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 _ENTRIES = {"auto": ("model", "state_dict", "model_ema"), "model": ("model", "state_dict"), "ema": ("model_ema",)}
 
+_MAX_DIFFERENCE = 1000  # characters: up to nine names
+
 # What a classifier has and a backbone has not, and the other way round.
 _OF_CLASSIFIER = re.compile(r"(classifier|norm|head)\.")
 _OF_BACKBONE = re.compile(r"(outnorm|fpn)\d+\.")
@@ -169,7 +171,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto", new
     if difference:
         shared = (_without(names, [n for n in names if head and n.startswith(head)]) for names in (found, wanted))
         hint = "" if describe_difference(*shared) else "; new_head=True keeps the model's own classifier"
-        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {difference}{hint}")
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {difference}{hint}", _MAX_DIFFERENCE)
     model.load_state_dict({**own, **found}, strict=True)
     report = LoadReport(weights.entry, tuple(fresh), (*left_out, *weights.beside))
     _log.info("%s: %s", path, report)

@@ -26,17 +26,16 @@ from .torch_file import STORAGES, Storage, TorchFile, open_torch_file
 __all__ = ["CheckpointError", "Name", "Record", "read_pickle"]
 
 _MAX_DIMENSIONS = 64  # of a tensor, in PyTorch
-_MAX_MESSAGE = 300
 
 
 class CheckpointError(RuntimeError):
-    """A file that cannot be read, or does not fit the model. The message is one line of printable characters, however
-    long and odd the names in a file are."""
+    """A file that cannot be read, or does not fit the model. The message is one line of at most `limit` printable
+    characters, however long and odd the names in a file are."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, limit: int = 300) -> None:
         line = "".join(char if char.isprintable() else "?" for char in " ".join(message.split()))
-        if len(line) > _MAX_MESSAGE:
-            line = f"{line[: _MAX_MESSAGE * 2 // 3]} ... {line[-_MAX_MESSAGE // 3 + 5 :]}"
+        if len(line) > limit:
+            line = f"{line[: limit * 2 // 3]} ... {line[-limit // 3 + 5 :]}"
         super().__init__(line)
 
 
