@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from ssm_train.config.defaults import default_config
-from ssm_train.data.transforms import eval_transform, train_transform
+from ssm_train.data.transforms import eval_transform, posterize, train_transform
 
 BICUBIC = InterpolationMode.BICUBIC
 MEAN, STD = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -63,6 +63,17 @@ def test_defaults_are_those_of_timm_bit_for_bit():
         one = ours(image)
         seed(number)
         assert torch.equal(one, published(image))
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-n6-inc1", "augmix-m10-w2", "original", "v0"])
+def test_policies_work_at_the_highest_magnitude(policy):
+    """Where timm's posterisation keeps no bit, as the default policy does in one of 40 operations of its kind."""
+    transform, image = train_transform(config(AUG__AUTO_AUGMENT=policy)), photo(60, 50)
+    for number in range(30):
+        seed(number)
+        assert transform(image).isfinite().all()
+    assert posterize(image, 0).getextrema() == ((0, 0),) * 3 and posterize(image, 8) == image
+    assert np.array_equal(np.asarray(posterize(image, 2)), np.asarray(image) & 0b11000000)
 
 
 def test_default_validation_bit_for_bit():

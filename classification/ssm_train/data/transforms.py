@@ -1,10 +1,11 @@
 """Image transforms and batch mixing, by timm, from the AUG section."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, auto_augment, create_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from yacs.config import CfgNode as CN
@@ -53,6 +54,9 @@ def train_transform(cfg: CN) -> Transform:
         raise UserError(
             f"AUG.AUTO_AUGMENT {aug.AUTO_AUGMENT!r} is not a policy of timm ({error}); e.g. rand-m9-mstd0.5-inc1"
         ) from error
+    for op in _operations(transform.transforms):
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = posterize
     if size <= _SMALL:
         resize = transforms.Resize((size, size), mode)
         transform.transforms[0:1] = [resize, transforms.RandomCrop(size, padding=_PADDING)]
@@ -60,6 +64,23 @@ def train_transform(cfg: CN) -> Transform:
         crop = transforms.RandomCrop(size, padding=_PADDING, padding_mode="reflect")
         transform.transforms[0:1] = [transforms.Resize(size, mode), crop]
     return transform
+
+
+def _operations(parts: Iterable[Any]) -> Iterator[auto_augment.AugmentOp]:
+    """The operations of timm's policies among `parts`."""
+    for part in parts:
+        if isinstance(part, auto_augment.AugmentOp):
+            yield part
+        elif isinstance(part, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
+            yield from _operations(part.ops)
+        elif isinstance(part, auto_augment.AutoAugment):
+            yield from (op for policy in part.policy for op in policy)
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation: keep the `bits` highest bits, 0 to 8. At the highest magnitude timm keeps none, which gives a
+    black image, and an error from Pillow 13 on."""
+    return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def eval_transform(cfg: CN) -> Transform:
