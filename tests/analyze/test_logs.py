@@ -428,8 +428,10 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert loss.main(["--log", *mixed, "--out", str(out)]) == 2
     assert loss.main(["--log", str(tmp_path / "none.log"), "--out", str(out)]) == 2
     assert loss.main(["--run", str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert loss.main(["--log", mixed[0], "--out", "curves.csv"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: some counts epochs, some counts iterations: draw them one by one"
     assert lines[1].startswith("error: cannot read log ") and "none.log" in lines[1]
     assert lines[2].startswith("error: ") and lines[2].endswith("does not exist; give the folder of a training run")
-    assert len(lines) == 3 and not out.exists()
+    assert lines[3] == "error: --out curves.csv does not end in .png"
+    assert len(lines) == 4 and not out.exists()

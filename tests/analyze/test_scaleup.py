@@ -174,12 +174,13 @@ def test_logs_of_other_trainers(tmp_path, capsys):
         (["--checkpoints", "none", "--models", "vmamba_nano"], ["--checkpoint none is neither a file nor a folder"]),
         (["--checkpoints", "a", "--models", "vmamba_nano", "vim_nano"], ["--models: 2 for 1 --checkpoints"]),
         (["--checkpoints", "a", "--sizes", "0"], ["--sizes 0 must be at least 1"]),
+        (["--checkpoints", "a", "--out", "up.pdf"], ["--out up.pdf does not end in .png"]),
         (["--logs", "runs/a"], ["--logs runs/a must be SIZE=FOLDER"]),
         (["--logs", "32=none"], ["--logs 32=none: cannot read none/metrics.json: No such file"]),
     ],
 )
 def test_errors_name_the_value(arguments, parts, capsys, tmp_path):
-    assert start(*arguments, "--out", tmp_path / "scaleup.png") == 2
+    assert start("--out", tmp_path / "scaleup.png", *arguments) == 2
     captured = capsys.readouterr()
     assert len(captured.err.splitlines()) == 1 and captured.err.startswith("error: ") and captured.out == ""
     assert all(part in captured.err for part in parts) and list(tmp_path.iterdir()) == []

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import tp
-from analyze.tp import Result, Variant, measure
+from analyze import throughput, tp
+from analyze.throughput import Result, Variant, measure
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -90,6 +90,15 @@ def test_a_turn_is_as_long_as_asked():
     results = run(models, [Variant("a", 2, 8), Variant("b", 2, 8)], clock, rounds=1, seconds=10.0)
     assert [call[0] for call in clock.log] == ["a"] * 3 + ["b"] * 3 + ["a"] * 5 + ["b"]
     assert [result.images_per_second for result in results] == [8 / 2, 8 / 32]
+
+
+def test_a_gpu_is_timed_by_triton(monkeypatch):
+    """Seconds of a step, from milliseconds."""
+    testing = pytest.importorskip("triton.testing")
+    asked = []
+    monkeypatch.setattr(testing, "do_bench", lambda step, **options: asked.append(options) or step())
+    assert throughput.bench(lambda: 4.0, 0.25) == 0.004
+    assert asked == [{"warmup": 0, "rep": 250.0, "return_mode": "mean"}]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -261,10 +270,11 @@ def test_sets_hold_registered_models():
         (["--batch", "0"], "error: --batch 0 must be at least 1"),
         (["--rounds", "0"], "error: --rounds 0 must be at least 1"),
         (["--seconds", "-1"], "error: --seconds -1.0 must be at least 0"),
+        (["--out", "tp.csv"], "error: --out tp.csv does not end in .png"),
     ],
 )
 def test_errors_name_the_value(arguments, message, capsys, tmp_path):
-    assert tp.main([*arguments, "--device", "cpu", "--out", str(tmp_path / "tp.png")]) == 2
+    assert tp.main(["--device", "cpu", "--out", str(tmp_path / "tp.png"), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(message) and len(captured.err.splitlines()) == 1 and captured.out == ""
     assert list(tmp_path.iterdir()) == []

@@ -46,7 +46,8 @@ def test_predictions(run, image_tree, capsys):
     capsys.readouterr()
     assert predictions.main(["--run", str(run / "checkpoints")]) == 2
     assert predictions.main(["--run", str(run), "--count", "0"]) == 2
-    assert capsys.readouterr().err.count("error: ") == 2
+    assert predictions.main(["--run", str(run), "--out", "predictions.json"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 3
 
 
 def test_predictions_are_those_of_the_recorded_weights(run):
