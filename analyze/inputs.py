@@ -21,6 +21,7 @@ from yacs.config import CfgNode as CN
 
 from ssm_models import CheckpointError
 from ssm_models import read_checkpoint as read_weights
+from ssm_models.weights import find, is_path
 from ssm_train.common.decode import UNREADABLE, Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import channels
@@ -68,11 +69,16 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
     """`build_model` with the weights of `checkpoint`, as many classes as these are for; random weights if None.
 
     `checkpoint` is a checkpoint folder of ours, the run folder of a finished training (its best weights), a
-    .safetensors file or an official .pth file. UserError also where it is of another model.
+    .safetensors file, an official .pth file or a name of the table of published weights. UserError also where it is of
+    another model.
     """
     if checkpoint is None:
         return build_model(name)
     check_model_name(name, "model")
+    if not is_path(checkpoint):
+        model = build_model(name)
+        load_pretrained(model, checkpoint, option="--checkpoint")
+        return model.eval()
     cfg = run_config(checkpoint)
     if cfg is not None and name != cfg.MODEL.NAME:
         raise UserError(f"--checkpoint {checkpoint} is of the model {cfg.MODEL.NAME}, not of {name}")
@@ -86,6 +92,11 @@ def model_name(name: str | None, checkpoint: Path | None) -> str:
     """`name`, or that of the model in a checkpoint of ours where it is None."""
     if name is not None:
         return name
+    if checkpoint is not None and not is_path(checkpoint):
+        try:
+            return find(str(checkpoint)).model
+        except CheckpointError as error:
+            raise UserError(f"--checkpoint {error}") from error
     if checkpoint is not None and not checkpoint.exists():
         raise UserError(f"--checkpoint {checkpoint} does not exist")
     cfg = run_config(checkpoint)

@@ -115,7 +115,11 @@ def test_from_a_logit_to_a_launch_are_four_files_and_two_for_all_operators():
 
 def test_models_know_no_scripts_and_no_configs():
     banned = (OURS - {"ssm_ops", "ssm_models"}) | OPEN_MMLAB | {"yacs", "argparse"}
-    assert violations(files("classification/ssm_models"), lambda name, *_: root_of(name) not in banned) == []
+
+    def allowed(name, top, path):
+        return root_of(name) not in banned or (name == "argparse" and path.name == "__main__.py")
+
+    assert violations(files("classification/ssm_models"), allowed) == []
 
 
 def test_layers_know_no_family_and_families_do_not_know_each_other():

@@ -10,21 +10,23 @@ from torch import Tensor, nn
 from ssm_mm.log_values import plain
 from ssm_models.checkpoint import describe_difference
 from ssm_models.unpickle import CheckpointError, read_pickle
+from ssm_models.weights import resolve
 from ssm_train.common.errors import UserError
 
 _NAME = re.compile(r"(?:epoch|iter)_(\d+)\.pth")
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU: tensors, plain values, arrays of numbers and the curves of the log.
+    """The content of a checkpoint (a file, or a name of published weights), on the CPU: tensors, plain values, arrays
+    of numbers and the curves of the log.
 
     Without the text of the config, which mmengine executes when it resumes. UserError for a missing, damaged or
     distrusted file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
     try:
+        path = resolve(path).path
+        if not path.is_file():
+            raise UserError(f"checkpoint {path} does not exist")
         content = read_pickle(path)
     except (CheckpointError, OSError) as error:
         raise UserError(f"checkpoint {error}") from error

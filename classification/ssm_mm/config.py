@@ -13,6 +13,7 @@ from ssm_mm.backbone import check_backbone_type, is_ours
 from ssm_mm.checkpoints import newest_readable, read_to_resume
 from ssm_mm.data_check import check_data, set_data_root
 from ssm_mm.packages import require
+from ssm_models.weights import is_path
 from ssm_train.common.errors import UserError
 
 _PACKAGES = {"mmdet": "mmdet", "mmseg": "mmsegmentation"}
@@ -135,5 +136,5 @@ def _check_backbone_weights(cfg: Config, from_scratch: bool) -> None:
             f"the backbone {backbone.get('name')} has no weights: --cfg-options model.backbone.checkpoint=FILE names a "
             "classifier's, --from-scratch trains without"
         )
-    if checkpoint is not None and not Path(checkpoint).is_file():
+    if checkpoint is not None and is_path(checkpoint) and not Path(checkpoint).is_file():
         raise UserError(f"model.backbone.checkpoint {checkpoint} does not exist")

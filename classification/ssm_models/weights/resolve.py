@@ -28,13 +28,14 @@ def resolve(weights: str | Path, which: str = "auto", cache_dir: str | Path | No
     Raises:
         CheckpointError: it looks like no path and there is no such name, or the file cannot be had.
     """
-    if isinstance(weights, Path) or is_path(weights):
+    if is_path(weights):
         path = Path(weights)
         return Source(path, which, None)
-    entry = find(weights)
+    entry = find(str(weights))
     return Source(fetch(entry, cache_dir), entry.entry if which == "auto" else which, entry)
 
 
-def is_path(weights: str) -> bool:
-    """Whether `weights` means a file: it is there, or looks like one."""
+def is_path(weights: str | Path) -> bool:
+    """Whether `weights` means a file or folder: it is there, or looks like one. Otherwise it is a name of the table."""
+    weights = str(weights)
     return "/" in weights or "\\" in weights or weights.endswith(_SUFFIXES) or Path(weights).exists()

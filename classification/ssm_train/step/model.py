@@ -9,6 +9,7 @@ from torch import nn
 from yacs.config import CfgNode as CN
 
 import ssm_models
+from ssm_models.weights import is_path
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import channels, replaced
 from ssm_train.record.checkpoint import META, read_checkpoint
@@ -50,13 +51,17 @@ def build_model(cfg: CN) -> nn.Module:
 
 
 def load_pretrained(model: nn.Module, path: Path, new_head: bool = False, option: str = "--pretrained") -> Path:
-    """Load weights strictly from a checkpoint folder of ours (the better validated ones), a .safetensors file or an
-    official .pth file; with `new_head` all but the classifier, for other classes. Returns the file. UserError says what
-    is wrong with the value of `option`, naming the first differing keys."""
+    """Load weights strictly from a checkpoint folder of ours (the better validated ones), a .safetensors file, an
+    official .pth file, or by a name of the table of published weights; with `new_head` all but the classifier, for
+    other classes. Returns the file or name. UserError says what is wrong with the value of `option`, naming the first
+    differing keys."""
     if (path / META).is_file():
         path = read_checkpoint(path).weights_file
-    if not path.is_file():
-        raise UserError(f"{option} {path} is neither a checkpoint folder nor a file; give a .safetensors or .pth")
+    if is_path(path) and not path.is_file():
+        raise UserError(
+            f"{option} {path} is neither a checkpoint folder nor a file; give a .safetensors or .pth, or a name that "
+            "`python -m ssm_models` lists"
+        )
     try:
         ssm_models.load_checkpoint(model, path, which="auto", new_head=new_head)
     except ssm_models.CheckpointError as error:

@@ -1,10 +1,12 @@
 """`pretrained=True` and names in place of paths: the right set of weights, through timm's own machinery."""
 
+import argparse
 import io
 
 import pytest
 import timm
 import torch
+from yacs.config import CfgNode
 
 from ssm_models import CheckpointError, DenseBackbone, load_checkpoint, read_checkpoint
 from ssm_models.weights import fetch
@@ -13,7 +15,8 @@ CASES = {"vmamba_nano": ("model", 0), "vim_nano": ("model", 0), "vssd_nano": ("e
 
 
 def weights_in(content: bytes, key: str) -> dict[str, torch.Tensor]:
-    return torch.load(io.BytesIO(content), weights_only=False)[key]
+    with torch.serialization.safe_globals([CfgNode, argparse.Namespace]):
+        return torch.load(io.BytesIO(content))[key]
 
 
 @pytest.mark.parametrize("model", CASES)
