@@ -143,6 +143,11 @@ def test_what_detection_and_segmentation_share_knows_neither():
     assert len(shared) > 5 and violations(shared, ok) == []
 
 
+@pytest.mark.parametrize(("task", "framework"), [("detection", "mmseg"), ("segmentation", "mmdet")])
+def test_a_task_needs_its_own_framework_alone(task, framework):
+    assert violations(files(task), lambda name, *_: root_of(name) != framework) == []
+
+
 def test_rooms_of_the_trainer():
     """What a room of the trainer may know of the others; cli, start and trainer see all."""
     may = {

@@ -17,6 +17,7 @@ from ssm_mm.flops import dense_card  # noqa: E402
 from ssm_train.common.errors import UserError  # noqa: E402
 
 
+@pytest.mark.full
 def test_mmsegmentation_is_not_needed():
     code = (
         "import sys; sys.modules['mmseg'] = None; import detection.backbone; from mmdet.registry import MODELS; "

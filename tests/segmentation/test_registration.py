@@ -26,6 +26,7 @@ def test_baselines_of_the_package(name, published):
     assert dense_card(cfg, (512, 2048)).macs == pytest.approx(published, rel=0.01)
 
 
+@pytest.mark.full
 def test_mmdet_is_not_needed():
     code = (
         "import sys; sys.modules['mmdet'] = None; import segmentation.backbone; from mmseg.registry import MODELS; "
