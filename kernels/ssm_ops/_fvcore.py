@@ -20,16 +20,16 @@ from ._flops import flop_formulas
 Handle = Callable[[Sequence[torch._C.Value], Sequence[torch._C.Value]], "Counter[str]"]
 
 _FUNCTIONS = {
-    "selective_scan_fwd": "_SelectiveScan",
-    "ss2d_scan_fwd": "_Ss2dScan",
-    "bidirectional_scan_fwd": "_BidirectionalScan",
-    "ssd_chunk_scan_fwd": "_SSDChunkScan",
-    "nc_ssd_fwd": "_NCSSD",
-    "causal_conv1d_fwd": "_CausalConv1d",
+    "selective_scan_fwd": "selective_scan_fwd",
+    "ss2d_scan_fwd": "ss2d_scan_fwd",
+    "bidirectional_scan_fwd": "bidirectional_scan_fwd",
+    "ssd_chunk_scan_fwd": "ssd_chunk_scan_fwd",
+    "nc_ssd_fwd": "nc_ssd_fwd",
+    "causal_conv1d_fwd": "causal_conv1d_fwd",
     "cross_scan": "_CrossScan",
     "cross_merge": "_CrossMerge",
 }
-"""The autograd functions, which take the arguments of their operators in the same order."""
+"""The names of the autograd functions, by those of the operators that they call."""
 
 
 def fvcore_handles(convention: str = "hardware_aware") -> dict[str, Handle]:
@@ -59,9 +59,12 @@ def _arguments(inputs: Sequence[torch._C.Value], node: torch._C.Node) -> list:
     """The arguments of a call, shapes in place of tensors."""
     if node.kind() != "prim::PythonOp":
         return [_shape_or_value(value) for value in inputs]
-    # tensors are inputs of the node, other arguments are kept beside them; "d" and "c" tell their order
+    # tensors are inputs of the node, other arguments are kept beside them, "d" and "c" in the string that tells their
+    # order; those before the first tensor are the function's own
     tensors, others = iter(inputs), iter(node.scalar_args())
-    return [_shape_or_value(next(tensors)) if kind == "d" else next(others) for kind in node.cconv()]
+    kinds = node.cconv()
+    given = [_shape_or_value(next(tensors)) if kind == "d" else next(others) for kind in kinds]
+    return given[kinds.index("d") :]
 
 
 def _shape_or_value(value: torch._C.Value):

@@ -1,5 +1,11 @@
 """What the operator tests share: the oracle, random inputs, and the error measure."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +21,25 @@ def implementations(operator: str, device: str = "cpu"):
     names = [implementation.name for implementation in OPERATORS[operator].implementations]
     reasons = {"auto": None} | {impl: why_unavailable(OPERATORS[operator], impl, device) for impl in names}
     return [pytest.param(i, marks=[pytest.mark.skip(reason=why)] if why else []) for i, why in reasons.items()]
+
+
+def passed_under_the_interpreter(names: list[str], chosen: str) -> int:
+    """How many tests passed, of files of this folder and what `-k` chooses, in a process that runs Triton kernels on
+    the CPU; all have to."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.kernels.interpreter", "-k", chosen]
+    done = subprocess.run(
+        [*command, *(str(here / name) for name in names)],
+        cwd=here.parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    summary = done.stdout.splitlines()[-1] if done.stdout else done.stderr
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", summary)
+    assert passed and "skipped" not in summary, summary
+    return int(passed[1])
 
 
 def loop_scan(u, delta, A, B, C, D=None, delta_bias=None, z=None, delta_softplus=False):

@@ -2,46 +2,40 @@
 
 import importlib
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ssm_ops import selective_scan
-from tests.kernels.common import scan_inputs, to_dtype
+from tests.kernels.common import passed_under_the_interpreter, scan_inputs, to_dtype
 from tests.kernels.gpu_compiler import compile_for_gpu, stack_bytes
 
 triton = pytest.importorskip("triton")
-HERE = Path(__file__).parent
 OPERATORS = ("selective_scan", "cross_scan", "ssd", "causal_conv1d")
 SCAN, CROSS, SSD, CONV = (importlib.import_module(f"ssm_ops.{name}.impl.triton") for name in OPERATORS)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same on the GPU")
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same on the GPU")
+# these three are minutes of what L1024 and L2049 show
+LONG = "L2047 or L2048 or L3136"
+
+
+@ON_CPU
 def test_operators_under_the_interpreter():
     """The tests of every implementation, and those of triton*_cases.py, in a process where kernels run on the CPU."""
     names = ["triton_cases.py", "test_cross_scan.py", "test_selective_scan.py", "triton_ssd_cases.py"]
     names += ["test_ssd.py", "test_ssd_contract.py", "test_causal_conv1d.py", "test_default_dtype.py"]
-    files = [str(HERE / name) for name in names]
     # the finite differences of the adjoint test are thousands of launches; triton_cases.py has the same equality, and
     # triton_ssd_cases.py what the other two have
-    chosen = "triton and not adjoint and not half_dt and not L196"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.kernels.interpreter", "-k", chosen]
-    done = subprocess.run(
-        [*command, *files],
-        cwd=HERE.parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    summary = done.stdout.splitlines()[-1] if done.stdout else done.stderr
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert re.search(r"(\d+) passed", summary), summary
-    assert int(re.search(r"(\d+) passed", summary)[1]) >= 240 and "skipped" not in summary, summary
+    chosen = f"triton and not adjoint and not half_dt and not L196 and not ({LONG})"
+    assert passed_under_the_interpreter(names, chosen) >= 240
+
+
+@ON_CPU
+@pytest.mark.full
+def test_long_sequences_under_the_interpreter():
+    assert passed_under_the_interpreter(["test_selective_scan.py"], f"triton and ({LONG})") == 3
 
 
 # ---- compiled for a GPU, without one -------------------------------------------------------------------------------
