@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from dataclasses import fields
+from importlib.resources import files
 from typing import Any
 
-from . import CheckpointError, model_card
-from .model_card import registered_models
-from .weights import Entry, entries, fetch, find
+from .unpickle import CheckpointError
+from .weights import Entry, fetch, find
+from .weights import table as published
 from .weights.download import cached, verify
-from .weights.table import of_model
 
 
 def describe(entry: Entry) -> dict[str, Any]:
@@ -22,13 +22,13 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 
 def zoo() -> list[dict[str, Any]]:
-    """A row per registered model: parameters, multiply-accumulates at its own size, published weights."""
-    rows = []
-    for name in registered_models():
-        card = model_card(name)
-        weights = [describe(entry) for entry in of_model(name).values()]
-        rows.append({"model": name, "parameters": card.parameters, "macs": card.macs, "weights": weights})
-    return rows
+    """A row per registered model: parameters, multiply-accumulates at its own size as `model_card` counts them, and
+    published weights."""
+    costs = json.loads(files("ssm_models.weights").joinpath("zoo.json").read_text())
+    return [
+        {"model": name, **cost, "weights": [describe(entry) for entry in published.of_model(name).values()]}
+        for name, cost in costs.items()
+    ]
 
 
 def _brief(weights: dict[str, Any], model: str) -> str:
@@ -41,7 +41,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         published = ", ".join(_brief(weights, row["model"]) for weights in row["weights"]) or "none"
         lines.append(f"{row['model']:32} {row['parameters']:12,} {row['macs'] / 1e9:7.2f}  {published}")
-    dense = [entry for entry in entries().values() if entry.task != "classification"]
+    dense = [entry for entry in published.entries().values() if entry.task != "classification"]
     lines.append(f"\n{'detectors and segmentors':74} {'AP box/mask, mIoU/tta':>21}")
     for entry in dense:
         numbers = " / ".join(str(value) for value in entry.metrics.values())
@@ -51,19 +51,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def download(name: str) -> None:
-    for entry in entries().values() if name == "all" else [find(name)]:
+    for entry in published.entries().values() if name == "all" else [find(name)]:
         print(f"{entry.name}: {fetch(entry)}")
 
 
 def verify_cache() -> None:
     """Raises CheckpointError for the first file that is not what was published."""
-    here = [(entry, path) for entry in entries().values() if (path := cached(entry))]
+    here = [(entry, path) for entry in published.entries().values() if (path := cached(entry))]
     for entry, path in here:
         verify(entry, path)
         print(
             f"{entry.name}: {path} {'has the published sha256' if entry.sha256 else 'is whole; no sha256 is published'}"
         )
-    print(f"{len(here)} of {len(entries())} files are here")
+    print(f"{len(here)} of {len(published.entries())} files are here")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.download or args.verify):
         rows = zoo()
         if args.json:
-            dense = [describe(entry) for entry in entries().values() if entry.task != "classification"]
+            dense = [describe(entry) for entry in published.entries().values() if entry.task != "classification"]
             print(json.dumps({"models": rows, "detectors_and_segmentors": dense}, indent=1))
         else:
             print(table(rows))
