@@ -11,7 +11,7 @@ from typing import Any
 
 from .unpickle import CheckpointError
 from .weights import Entry, fetch, find
-from .weights import table as published
+from .weights import table as table_of_weights
 from .weights.download import cached, verify
 
 
@@ -26,7 +26,7 @@ def zoo() -> list[dict[str, Any]]:
     published weights."""
     costs = json.loads(files("ssm_models.weights").joinpath("zoo.json").read_text())
     return [
-        {"model": name, **cost, "weights": [describe(entry) for entry in published.of_model(name).values()]}
+        {"model": name, **cost, "weights": [describe(entry) for entry in table_of_weights.of_model(name).values()]}
         for name, cost in costs.items()
     ]
 
@@ -41,7 +41,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         published = ", ".join(_brief(weights, row["model"]) for weights in row["weights"]) or "none"
         lines.append(f"{row['model']:32} {row['parameters']:12,} {row['macs'] / 1e9:7.2f}  {published}")
-    dense = [entry for entry in published.entries().values() if entry.task != "classification"]
+    dense = [entry for entry in table_of_weights.entries().values() if entry.task != "classification"]
     lines.append(f"\n{'detectors and segmentors':74} {'AP box/mask, mIoU/tta':>21}")
     for entry in dense:
         numbers = " / ".join(str(value) for value in entry.metrics.values())
@@ -51,19 +51,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def download(name: str) -> None:
-    for entry in published.entries().values() if name == "all" else [find(name)]:
+    for entry in table_of_weights.entries().values() if name == "all" else [find(name)]:
         print(f"{entry.name}: {fetch(entry)}")
 
 
 def verify_cache() -> None:
     """Raises CheckpointError for the first file that is not what was published."""
-    here = [(entry, path) for entry in published.entries().values() if (path := cached(entry))]
+    here = [(entry, path) for entry in table_of_weights.entries().values() if (path := cached(entry))]
     for entry, path in here:
         verify(entry, path)
         print(
             f"{entry.name}: {path} {'has the published sha256' if entry.sha256 else 'is whole; no sha256 is published'}"
         )
-    print(f"{len(here)} of {len(published.entries())} files are here")
+    print(f"{len(here)} of {len(table_of_weights.entries())} files are here")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.download or args.verify):
         rows = zoo()
         if args.json:
-            dense = [describe(entry) for entry in published.entries().values() if entry.task != "classification"]
+            dense = [describe(entry) for entry in table_of_weights.entries().values() if entry.task != "classification"]
             print(json.dumps({"models": rows, "detectors_and_segmentors": dense}, indent=1))
         else:
             print(table(rows))
