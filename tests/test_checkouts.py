@@ -48,7 +48,7 @@ def test_a_script_runs_with_its_own_checkout(other, tmp_path):
 
 
 def test_a_tool_of_an_environment_inside_a_checkout_serves_any_checkout(other, monkeypatch):
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(other / ".venv/lib/pytest/__main__.py"))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(other / ".venv/lib/pytest/__main__.py"), raising=False)
     with pytest.raises(UserError, match="would run with"):
         check_checkout()  # a file of the checkout
     monkeypatch.setattr(sys, "prefix", str(other / ".venv"))

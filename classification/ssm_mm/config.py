@@ -35,9 +35,10 @@ def read_config(path: str, options: dict | None = None) -> Config:
         cfg = get_config(path) if package else Config.fromfile(path)
         cfg.merge_from_dict(options or {})
     except (SyntaxError, KeyError, TypeError, ValueError, ImportError, FileNotFoundError) as error:
-        # mmengine tells which of custom_imports failed, and not why
-        why = f" ({error.__context__})" if isinstance(error.__context__, ImportError) else ""
-        raise UserError(f"config {path} cannot be read: {error}{why}") from error
+        # of custom_imports that fail, mmengine tells at length where it looked, and inside which failed, but not why
+        reason = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+        why = f" ({reason.__context__})" if isinstance(reason.__context__, ImportError) else ""
+        raise UserError(f"config {path} cannot be read: {reason}{why}") from error
     init_default_scope(cfg.get("default_scope", "mmengine"))
     check_backbone_type(cfg)
     if not torch.cuda.is_available():

@@ -99,7 +99,7 @@ def test_old_checkpoints_go_linked_ones_stay(tmp_path):
     assert (tmp_path / "best").resolve().name == "epoch_0002"
     # what a killed process left is not a checkpoint, and goes
     (tmp_path / ".tmp-epoch_0008").mkdir()
-    (tmp_path / ".old-epoch_0001").mkdir()
+    (tmp_path / ".old-epoch_0007").mkdir()
     (tmp_path / ".tmp-1-last").symlink_to("epoch_0007")
     assert list(store.positions()) == [Position(2), Position(6), Position(7)]
     store.clean()

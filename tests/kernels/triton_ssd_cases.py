@@ -108,7 +108,7 @@ def test_opcheck():
     forward = (*args, initial, True, 70, torch.float32, "triton")
     torch.library.opcheck(ssd_api.ssd_chunk_scan_fwd, forward, test_utils=("test_schema", "test_faketensor"))
     out, final, states = ssd_api.ssd_chunk_scan_fwd(*forward)
-    backward = (torch.randn_like(out), torch.randn_like(final), *args, states, True, 70, "triton")
+    backward = (torch.randn_like(out), torch.randn_like(final), *args, initial, states, True, 70, "triton")
     torch.library.opcheck(ssd_api.ssd_chunk_scan_bwd, backward, test_utils=("test_schema", "test_faketensor"))
     x, weight = torch.randn(2, 3, 9, device=DEVICE), torch.randn(3, 4, device=DEVICE)
     torch.library.opcheck(conv_api.causal_conv1d_fwd, (x, weight, None, True, False, "triton"))

@@ -25,7 +25,7 @@ NAMES = {
         *(f"vanilla_vmamba_{size}" for size in ("base", "small", "tiny")),
         *("vmamba_base_m2", "vmamba_base_s1l20", "vmamba_base_s2l15", "vmamba_nano"),
         *("vmamba_small_m2", "vmamba_small_s1l20", "vmamba_small_s2l15"),
-        *("vmamba_tiny_m2", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"),
+        *("vmamba_tiny_0220", "vmamba_tiny_m2", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"),
     ],
     "vssd": ["vssd_base", "vssd_micro", "vssd_nano", "vssd_small", "vssd_tiny"],
     "vim": [

@@ -38,12 +38,15 @@ def test_tta_of_a_config_without_it(task, trained, call, data, tmp_path):
     plain = Config.fromfile(task.config).test_dataloader.dataset.to_dict()
     wrapped = {"_delete_": True, "type": "ConcatDataset", "datasets": [plain]}
     values = {"tta_model": None, "tta_pipeline": None, "test_dataloader": {"dataset": wrapped}}
-    values["test_evaluator"] = [{"type": "IoUMetric", "iou_metrics": [kind]} for kind in ("mIoU", "mFscore")]
+    values["test_evaluator"] = [
+        {"type": "IoUMetric", "iou_metrics": [kind], "prefix": kind} for kind in ("mIoU", "mFscore")
+    ]
     config = config_with(task.config, tmp_path / "plain.py", **values)
     flags = ["--work-dir", tmp_path / "work", "--tta", "--out", tmp_path / "maps"]
     assert call(tool, trained / "iter_4.pth", *flags, config=config).status == 0
     metrics = metrics_of(tmp_path / "work")
-    assert metrics["aAcc"] == pytest.approx(accuracy(tmp_path / "maps", data), abs=0.01) and "mFscore" in metrics
+    assert metrics["mIoU/aAcc"] == pytest.approx(accuracy(tmp_path / "maps", data), abs=0.01)
+    assert "mFscore/mFscore" in metrics
 
 
 def test_scales_and_flips():

@@ -17,7 +17,9 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = in_own_strides(self.weight) if torch.is_grad_enabled() else self.weight
+        # a traced graph is for inference, and must not depend on whether gradients were on
+        trains = torch.is_grad_enabled() and not torch.jit.is_tracing()
+        weight = in_own_strides(self.weight) if trains else self.weight
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 

@@ -54,9 +54,7 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None, progress: bool = Tr
     path, lock = folder / entry.filename, folder / f"{entry.filename}.lock.json"
     if not path.is_file():
         if _offline():
-            raise CheckpointError(
-                f"{entry.name} is not in {folder}, and HF_HUB_OFFLINE is set: {_by_hand(entry, path)}"
-            )
+            raise CheckpointError(f"{entry.name} is not here, and HF_HUB_OFFLINE is set: {_by_hand(entry, path)}")
         with _alone(path):
             # another process may have been here while this one waited
             if not path.is_file():
@@ -159,15 +157,15 @@ def _explain(error: OSError, status: int | None, entry: Entry, url: str, path: P
         return f"{url} is not there (404){known}; {_by_hand(entry, path)}"
     if status is not None:
         return f"{url} answers with status {status}: try later, or {_by_hand(entry, path)}"
-    reason = error.reason if isinstance(error, URLError) else (str(error).splitlines() or [type(error).__name__])[0]
+    reason = error.reason if isinstance(error, URLError) else type(error).__name__
     return f"{url} cannot be reached ({reason}): {_by_hand(entry, path)}"
 
 
 def _by_hand(entry: Entry, path: Path) -> str:
     """What helps a machine without that address."""
     if entry.url.startswith(HUGGING_FACE):
-        return f"set HF_ENDPOINT to a mirror, or download {entry.url} elsewhere and give the file's path"
-    return f"set {MIRROR_VARIABLE} to a mirror of {GITHUB}, or download {entry.url} elsewhere to {path}"
+        return "set HF_ENDPOINT to a mirror, or give the path of a file that was downloaded elsewhere"
+    return f"set {MIRROR_VARIABLE} to a mirror of {GITHUB}, or put the file there: {path}"
 
 
 def _offline() -> bool:
@@ -192,7 +190,8 @@ def verify(entry: Entry, path: Path) -> None:
     digest = sha256_of(path)
     if entry.sha256 is not None and digest != entry.sha256:
         raise CheckpointError(
-            f"{path.name} has sha256 {digest}, but {entry.sha256} is published for {entry.name}: {_set_aside(path)}"
+            f"{path.name} has the sha256 {digest[:16]}..., but {entry.sha256[:16]}... is published for {entry.name}: "
+            f"{_set_aside(path)}"
         )
     if entry.bytes is not None and path.stat().st_size != entry.bytes:
         raise CheckpointError(
@@ -215,8 +214,8 @@ def _check(entry: Entry, path: Path, lock: Path) -> None:
     digest = sha256_of(path)
     if seen is not None and seen["sha256"] != digest:
         raise CheckpointError(
-            f"{path.name} has sha256 {digest}, but {lock} remembers {seen['sha256']} from an earlier download: if the "
-            f"authors changed it, delete {lock}; {_set_aside(path)}"
+            f"{path.name} has the sha256 {digest[:16]}..., but an earlier download had {seen['sha256'][:16]}...: "
+            f"{_set_aside(path)}; if the authors changed it, delete {lock.name}"
         )
     if os.access(lock.parent, os.W_OK):
         aside = lock.with_name(f".tmp-{os.getpid()}-{lock.name}")
@@ -230,4 +229,4 @@ def _set_aside(path: Path) -> str:
         return "not loaded"
     rejected = path.with_name(f"{path.name}.rejected")
     os.replace(path, rejected)
-    return f"not loaded, kept as {rejected}"
+    return f"not loaded, kept beside it as {rejected.name}"

@@ -22,32 +22,34 @@ GITHUB = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/"
 HUB = "https://huggingface.co/hustvl/Vim-nano/resolve/main/"
 
 
-def official_file(model: torch.nn.Module, ema: bool = False) -> bytes:
-    """A file of the structure that the authors' trainers write: weights, averages, optimizer, pickled settings."""
-    weights = model.state_dict()
-    content = {"model": weights, "epoch": 299}
-    if ema:
-        content["model_ema"] = {
-            name: value + 0.01 if value.is_floating_point() else value for name, value in weights.items()
-        }
-        moments = {n: {"exp_avg": torch.zeros_like(v), "step": 3} for n, v in enumerate(weights.values())}
-        content |= {"optimizer": {"state": moments, "param_groups": [{"lr": 1e-3}]}}
-        content["args"] = argparse.Namespace(model="vim", lr=5e-4)
-    else:
-        content["config"] = CfgNode({"MODEL": CfgNode({"NAME": "vssm"})})
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
+def official(name: str, ema: bool = False) -> dict:
+    """What the authors' trainers write: weights, averages, optimizer, pickled settings."""
+    weights = timm.create_model(name).state_dict()
+    if not ema:
+        return {"model": weights, "epoch": 299, "config": CfgNode({"MODEL": CfgNode({"NAME": "vssm"})})}
+    average = {name: value + 0.01 if value.is_floating_point() else value for name, value in weights.items()}
+    moments = {n: {"exp_avg": torch.zeros_like(value), "step": 3} for n, value in enumerate(weights.values())}
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-3}]}
+    settings = argparse.Namespace(model="vim", lr=5e-4)
+    return {"model": weights, "model_ema": average, "optimizer": optimizer, "args": settings}
 
 
 @pytest.fixture(scope="session")
-def files() -> dict[str, bytes]:
-    """One official file per family, for ten classes at 32 pixels."""
-    return {
-        "vmamba_nano": official_file(timm.create_model("vmamba_nano")),
-        "vim_nano": official_file(timm.create_model("vim_nano"), ema=True),
-        "vssd_nano": official_file(timm.create_model("vssd_nano"), ema=True),
-    }
+def contents() -> dict[str, dict]:
+    """One per family, for ten classes at 32 pixels."""
+    return {name: official(name, ema=name != "vmamba_nano") for name in ("vmamba_nano", "vim_nano", "vssd_nano")}
+
+
+@pytest.fixture(scope="session")
+def files(contents) -> dict[str, bytes]:
+    """The files of `contents`."""
+
+    def saved(content: dict) -> bytes:
+        file = io.BytesIO()
+        torch.save(content, file)
+        return file.getvalue()
+
+    return {name: saved(content) for name, content in contents.items()}
 
 
 @pytest.fixture

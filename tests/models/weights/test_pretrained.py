@@ -1,12 +1,10 @@
 """`pretrained=True` and names in place of paths: the right set of weights, through timm's own machinery."""
 
-import argparse
 import io
 
 import pytest
 import timm
 import torch
-from yacs.config import CfgNode
 
 from ssm_models import CheckpointError, DenseBackbone, load_checkpoint, read_checkpoint
 from ssm_models.weights import fetch
@@ -14,19 +12,14 @@ from ssm_models.weights import fetch
 CASES = {"vmamba_nano": ("model", 0), "vim_nano": ("model", 0), "vssd_nano": ("ema", 1)}
 
 
-def weights_in(content: bytes, key: str) -> dict[str, torch.Tensor]:
-    with torch.serialization.safe_globals([CfgNode, argparse.Namespace]):
-        return torch.load(io.BytesIO(content))[key]
-
-
 @pytest.mark.parametrize("model", CASES)
-def test_create_model(publish, files, model):
+def test_create_model(publish, contents, model):
     """The set that the table names, all of it, and nothing of the file kept."""
     which, _ = CASES[model]
     entry = publish(model, entry=which)
     made = timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"url": entry.url}).eval()
     own = made.state_dict()
-    theirs = weights_in(files[model], {"model": "model", "ema": "model_ema"}[which])
+    theirs = contents[model][{"model": "model", "ema": "model_ema"}[which]]
     assert all(torch.equal(own[name], theirs[name]) for name in own)
     assert "state_dict" not in made.pretrained_cfg
     by_hand = timm.create_model(model).eval()
@@ -36,13 +29,13 @@ def test_create_model(publish, files, model):
 
 
 @pytest.mark.parametrize("model", CASES)
-def test_other_classes_channels_and_maps(publish, files, model):
+def test_other_classes_channels_and_maps(publish, contents, model):
     entry = publish(model)
     overlay = {"url": entry.url}
     made = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, in_chans=1)
     own = made.state_dict()
     stem = f"{made.pretrained_cfg['first_conv']}.weight"
-    theirs = weights_in(files[model], "model")
+    theirs = contents[model]["model"]
     original = theirs[stem]
     assert torch.allclose(own[stem], original.sum(1, keepdim=True))
     head = made.pretrained_cfg["classifier"]
@@ -80,12 +73,12 @@ def test_a_users_own_model_claims_nobodys_licence(publish):
     assert (theirs.pretrained_cfg["license"], theirs.pretrained_cfg["origin_url"]) == (entry.licence, entry.source)
 
 
-def test_names_in_place_of_paths(publish, files):
+def test_names_in_place_of_paths(publish, contents):
     publish("vssd_nano", entry="ema")
     name = "patch_embed.conv1.conv.weight"
-    expected = weights_in(files["vssd_nano"], "model_ema")[name]
+    expected = contents["vssd_nano"]["model_ema"][name]
     assert torch.equal(read_checkpoint("vssd_nano.test")[name], expected)
-    assert torch.equal(read_checkpoint("vssd_nano", which="model")[name], weights_in(files["vssd_nano"], "model")[name])
+    assert torch.equal(read_checkpoint("vssd_nano", which="model")[name], contents["vssd_nano"]["model"][name])
     model = timm.create_model("vssd_nano")
     assert load_checkpoint(model, "vssd_nano.test").entry == "model_ema"
     assert torch.equal(model.state_dict()[name], expected)
