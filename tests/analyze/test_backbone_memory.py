@@ -11,6 +11,7 @@ pytestmark = pytest.mark.dense
 from analyze import backbone_memory  # noqa: E402
 
 
+@pytest.mark.full
 def test_no_more_than_swin(tmp_path, capsys):
     assert backbone_memory.main(["--size", "256", "416", "--device", "cpu", "--out", str(tmp_path / "m.csv")]) == 0
     ours, swin = csv.DictReader((tmp_path / "m.csv").open())

@@ -161,6 +161,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.full
 def test_torchrun_restarts_a_killed_worker(torchrun, tiny_cfg, same_state, read_log, tmp_path):
     """--max-restarts recovers by itself, and the end is that of a run that was never killed."""
     script = tmp_path / "killed_once.py"

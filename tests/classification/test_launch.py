@@ -71,6 +71,7 @@ def test_two_processes_train_like_one(cli, read_log, tiny_cfg, tmp_path, port):
         assert two[weights]["loss"] == pytest.approx(one[weights]["loss"], rel=1e-6)
 
 
+@pytest.mark.full
 def test_training_cost_of_two_processes(torchrun, tiny_cfg, tmp_path):
     """Its steps hold exchanges, so both make as many of them."""
     done = torchrun(2, "--cfg", tiny_cfg, "--batch-size", 2, "--traincost", "--output", tmp_path / "none")

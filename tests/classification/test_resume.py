@@ -73,6 +73,7 @@ def test_two_processes(torchrun, tiny_cfg, same_state, tmp_path):
     same_state(tmp_path / "whole/checkpoints/epoch_0002", tmp_path / "again/checkpoints/epoch_0002")
 
 
+@pytest.mark.full
 def test_another_number_of_processes(cli, torchrun, tiny_cfg, read_log, tmp_path):
     """2 -> 1 -> 2: without augmentation the losses are those of the whole run, as order and updates are the same."""
     options = ["TRAIN.KEEP_CHECKPOINTS", "99", "TRAIN.SAVE_UPDATES", "2"]
@@ -147,6 +148,7 @@ def test_another_batch_size(cli, fails, tmp_path):
     fails("--output", tmp_path / "c", "--resume", "auto", "--batch-size", 8, *options, parts=parts)
 
 
+@pytest.mark.full
 def test_sharded_parameters(cli, torchrun, tiny_cfg, read_log, same_state, tmp_path):
     """FSDP2 makes the updates of one process; its checkpoints are whole, continue bit for bit, and serve anybody."""
     options = ["TRAIN.KEEP_CHECKPOINTS", "99", "TRAIN.SAVE_UPDATES", "2"]
@@ -172,6 +174,7 @@ def test_sharded_parameters(cli, torchrun, tiny_cfg, read_log, same_state, tmp_p
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_teacher_with_statistics(torchrun, tiny_cfg, same_state, tmp_path, parallel):
     """MESA's teacher evaluates with running statistics, and is gathered anew after every update where it is sharded:
