@@ -21,7 +21,7 @@ from yacs.config import CfgNode as CN
 
 from ssm_models import CheckpointError
 from ssm_models import read_checkpoint as read_weights
-from ssm_models.weights import find, is_path
+from ssm_models.weights import Entry, find, is_path
 from ssm_train.common.decode import UNREADABLE, Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import channels
@@ -76,6 +76,7 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
         return build_model(name)
     check_model_name(name, "model")
     if not is_path(checkpoint):
+        _published(checkpoint)
         model = build_model(name)
         load_pretrained(model, checkpoint, option="--checkpoint")
         return model.eval()
@@ -93,16 +94,21 @@ def model_name(name: str | None, checkpoint: Path | None) -> str:
     if name is not None:
         return name
     if checkpoint is not None and not is_path(checkpoint):
-        try:
-            return find(str(checkpoint)).model
-        except CheckpointError as error:
-            raise UserError(f"--checkpoint {error}") from error
+        return _published(checkpoint).model
     if checkpoint is not None and not checkpoint.exists():
         raise UserError(f"--checkpoint {checkpoint} does not exist")
     cfg = run_config(checkpoint)
     if cfg is None:
         raise UserError("give --model NAME: only the checkpoints of runs of this repository know their model")
     return cfg.MODEL.NAME
+
+
+def _published(checkpoint: Path) -> Entry:
+    """The entry of the table of published weights. UserError for a name that it has not."""
+    try:
+        return find(str(checkpoint))
+    except CheckpointError as error:
+        raise UserError(f"--checkpoint {error}") from error
 
 
 def _checkpoint_folder(checkpoint: Path) -> Path:

@@ -171,7 +171,10 @@ def test_logs_of_other_trainers(tmp_path, capsys):
     [
         (["--checkpoints", "none"], ["--checkpoints none is no run of ours: give --models"]),
         (["--checkpoints", "none", "--models", "vmamba_nan"], ["'vmamba_nan' is not a registered model"]),
-        (["--checkpoints", "none", "--models", "vmamba_nano"], ["--checkpoint none is neither a file nor a folder"]),
+        (
+            ["--checkpoints", "none", "--models", "vmamba_nano"],
+            ["--checkpoint none is neither a file nor the name of published weights"],
+        ),
         (["--checkpoints", "a", "--models", "vmamba_nano", "vim_nano"], ["--models: 2 for 1 --checkpoints"]),
         (["--checkpoints", "a", "--sizes", "0"], ["--sizes 0 must be at least 1"]),
         (["--checkpoints", "a", "--out", "up.pdf"], ["--out up.pdf does not end in .png"]),

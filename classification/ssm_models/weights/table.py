@@ -85,4 +85,4 @@ def find(name: str) -> Entry:
         return own[0]
     near = difflib.get_close_matches(name, [*entries(), *(entry.model for entry in entries().values())], n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`python -m ssm_models` lists what is"
-    raise CheckpointError(f"{name!r} is neither a file nor the name of published weights; {hint}")
+    raise CheckpointError(f"{name} is neither a file nor the name of published weights; {hint}")

@@ -66,4 +66,4 @@ def test_download_and_verify(publish, server, capsys):
 def test_mistakes(server, capsys):
     assert command.main(["--download", "vssd_tinny"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: 'vssd_tinny' is neither a file") and len(error.splitlines()) == 1
+    assert error.startswith("error: vssd_tinny is neither a file") and len(error.splitlines()) == 1

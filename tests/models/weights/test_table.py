@@ -91,8 +91,8 @@ def test_tags_of_a_model():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vssd_tinny.in1k", "'vssd_tinny.in1k' is neither .* did you mean vssd_tiny.in1k or "),
-        ("vmamba_tiny_m2", "'vmamba_tiny_m2' is neither a file nor the name of published weights; did you mean"),
+        ("vssd_tinny.in1k", "^vssd_tinny.in1k is neither .* did you mean vssd_tiny.in1k or "),
+        ("vmamba_tiny_m2", "^vmamba_tiny_m2 is neither a file nor the name of published weights; did you mean"),
         ("qqq", "`python -m ssm_models` lists what is"),
     ],
 )
