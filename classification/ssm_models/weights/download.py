@@ -1,7 +1,7 @@
 """From an entry of the table to a checked file on this machine.
 
 Files come through the libraries that timm uses for such addresses and lie in their caches: huggingface_hub's for
-huggingface.co (it resumes, and knows HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME), torch.hub's for all others (TORCH_HOME).
+huggingface.co (HF_ENDPOINT, HF_HUB_OFFLINE and HF_HOME hold), torch.hub's for all others (TORCH_HOME).
 SSM_MODELS_GITHUB, if set, is asked in place of https://github.com.
 
 A file is read only after a check: its sha256 where one is published, else that it is whole. Beside it lies a lock file
@@ -38,7 +38,7 @@ _TRIES, _PAUSE_SECONDS = 3, 1.0
 _CHUNK = 1 << 20
 
 
-def fetch(entry: Entry, cache_dir: str | Path | None = None, progress: bool = True) -> Path:
+def fetch(entry: Entry, cache_dir: str | Path | None = None) -> Path:
     """The file of `entry`: from the cache, else from its address. `cache_dir` replaces the library's cache folder.
 
     Raises:
@@ -58,7 +58,7 @@ def fetch(entry: Entry, cache_dir: str | Path | None = None, progress: bool = Tr
         with _alone(path):
             # another process may have been here while this one waited
             if not path.is_file():
-                _download(entry, path, progress)
+                _download(entry, path)
     _check(entry, path, lock)
     return path
 
@@ -89,13 +89,13 @@ def sha256_of(path: Path) -> str:
 # ---- from an address ---------------------------------------------------------------------------------------------
 
 
-def _download(entry: Entry, path: Path, progress: bool) -> None:
+def _download(entry: Entry, path: Path) -> None:
     url = entry.url
     if url.startswith(GITHUB) and os.environ.get(MIRROR_VARIABLE):
         url = os.environ[MIRROR_VARIABLE].rstrip("/") + "/" + url.removeprefix(GITHUB)
     path.parent.mkdir(parents=True, exist_ok=True)
     _log.info("downloading %s to %s", url, path)
-    _attempt(lambda: download_url_to_file(url, str(path), progress=progress), entry, url, path)
+    _attempt(lambda: download_url_to_file(url, str(path)), entry, url, path)
 
 
 def _hub_place(entry: Entry) -> tuple[str, str]:
@@ -181,8 +181,8 @@ def _alone(path: Path) -> contextlib.AbstractContextManager:
 # ---- checks ------------------------------------------------------------------------------------------------------
 
 
-def verify(entry: Entry, path: Path) -> None:
-    """Read all of the file and compare it with what is published of it.
+def verify(entry: Entry, path: Path) -> str:
+    """Read all of the file and compare it with what is published of it; returns its sha256.
 
     Raises:
         CheckpointError: it is another file, or half of one. It was set aside.
@@ -202,6 +202,7 @@ def verify(entry: Entry, path: Path) -> None:
         raise CheckpointError(
             f"{path.name} is no whole file of weights (a cut download, a page of text?): {_set_aside(path)}"
         )
+    return digest
 
 
 def _check(entry: Entry, path: Path, lock: Path) -> None:
@@ -210,8 +211,7 @@ def _check(entry: Entry, path: Path, lock: Path) -> None:
     size = path.stat().st_size
     if seen is not None and seen["bytes"] == size and entry.sha256 in (None, seen["sha256"]):
         return
-    verify(entry, path)
-    digest = sha256_of(path)
+    digest = verify(entry, path)
     if seen is not None and seen["sha256"] != digest:
         raise CheckpointError(
             f"{path.name} has the sha256 {digest[:16]}..., but an earlier download had {seen['sha256'][:16]}...: "
@@ -227,6 +227,8 @@ def _set_aside(path: Path) -> str:
     """Rename a file that must not be read; says where it is."""
     if not os.access(path.parent, os.W_OK):
         return "not loaded"
-    rejected = path.with_name(f"{path.name}.rejected")
-    os.replace(path, rejected)
+    # in the hub's cache it is a link, and the hub would make the link again to what lies behind it
+    file, rejected = path.resolve(), path.with_name(f"{path.name}.rejected")
+    os.replace(file, rejected)
+    path.unlink(missing_ok=True)
     return f"not loaded, kept beside it as {rejected.name}"

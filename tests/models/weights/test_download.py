@@ -9,7 +9,7 @@ import pytest
 
 from ssm_models import CheckpointError
 from ssm_models.weights import fetch
-from ssm_models.weights.download import cached, sha256_of, verify
+from ssm_models.weights.download import cache_folder, cached, sha256_of, verify
 
 MODELS = ("vmamba_nano", "vim_nano")  # from GitHub's releases, from the hub
 
@@ -61,6 +61,18 @@ def test_wrong_bytes(publish, server, model):
     entry = publish(model, sha256="0" * 64)
     with pytest.raises(CheckpointError, match=f"has the sha256 .{{16}}..., but 0{{16}}... is published for {model}"):
         fetch(entry)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_damaged_cache_is_filled_again(publish, server, files, model):
+    """What was set aside is not found again, be it through the hub's links."""
+    entry = publish(model)
+    fetch(entry).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=f"no whole file of weights.*kept beside it as {model}.pth.rejected"):
+        fetch(entry)
+    lock = next(cache_folder().glob("*.lock.json"))
+    assert json.loads(lock.read_text())["bytes"] == len(files[model])
+    assert fetch(entry).read_bytes() == files[model]
 
 
 def test_a_page_instead_of_a_file(publish, server):
