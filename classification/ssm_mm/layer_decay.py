@@ -26,7 +26,7 @@ class LayerDecay(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix, **kwargs)
         if prefix:
             return
-        depth = len(module.backbone.layers)
+        depth = module.backbone.total_layers
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         for group in params:
             distance = depth + 1 - layer_of(names[id(group["params"][0])], depth)
@@ -38,7 +38,7 @@ def layer_of(name: str, depth: int) -> int:
 
     Args:
         name: of a parameter, "backbone.layers.3.mixer.D".
-        depth: layers of the backbone.
+        depth: layers of the whole model of which the backbone is made, whatever the maps need of it.
     """
     owner, _, rest = name.partition(".")
     part, _, rest = rest.partition(".")

@@ -87,20 +87,21 @@ class Dense(nn.Module):
 
     Attributes:
         out_channels: channels of the maps, in their order.
+        total_layers: layers of the whole model; `layers` has those that the maps need.
         unneeded: names that weights of the whole model have and no map of this one needs; loaders leave them out.
     """
 
     gives_maps = True
     out_channels: list[int]
     unneeded: frozenset[str]
-    _all_layers: int
+    total_layers: int
     _frozen: Sequence[nn.Module] = ()
     _norm_eval = False
 
     def freeze(self, stages: int, norm_eval: bool) -> None:
         """See `DenseBackbone`. Raises ValueError for more stages than there are."""
-        if not -1 <= stages <= self._all_layers:
-            raise ValueError(f"frozen_stages={stages} is not between -1 and {self._all_layers}")
+        if not -1 <= stages <= self.total_layers:
+            raise ValueError(f"frozen_stages={stages} is not between -1 and {self.total_layers}")
         frozen = [self.patch_embed, *self.layers[:stages]] if stages >= 0 else []
         # the norms of their maps with them, as in Swin's backbone
         frozen += [norm for i in range(stages) if (norm := getattr(self, f"outnorm{i}", None)) is not None]
@@ -114,7 +115,7 @@ class Dense(nn.Module):
 
     def _keep(self, layers: int, *dropped: str) -> None:
         """Keep the first `layers` layers (of stages not the last way down), and of other modules all but `dropped`."""
-        whole, self._all_layers = self.state_dict().keys(), len(self.layers)
+        whole, self.total_layers = self.state_dict().keys(), len(self.layers)
         self.layers, self.feature_info = self.layers[:layers], self.feature_info[:layers]
         if hasattr(self.layers[-1], "downsample"):
             self.layers[-1].downsample = nn.Identity()
@@ -257,7 +258,7 @@ class DenseVisionMamba(Dense, VisionMamba):
     def _feature(self, index: int, hidden: Tensor, residual: Tensor) -> Tensor:
         if not self.use_residual_as_feature:
             return hidden
-        if index < self._all_layers - 1:
+        if index < self.total_layers - 1:
             return self._stream(hidden, residual)
         if self.last_layer_process == "none":
             return hidden
