@@ -10,14 +10,9 @@ setup_environment
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 run=runs/quickstart
-if [ -e "$run" ]; then
-    kept=$run-$(date +%Y%m%d-%H%M%S)
-    mv "$run" "$kept"
-    echo "the earlier result is kept in $kept"
-fi
 .venv/bin/python -m ssm_train.data.digits --out runs/data/digits
 .venv/bin/python classification/main.py \
-    --cfg configs/classification/vmamba/vmamba_nano_digits.yaml --data-path runs/data/digits --output "$run"
+    --cfg configs/classification/vmamba/vmamba_nano_digits.yaml --data-path runs/data/digits --output "$run" --fresh
 .venv/bin/python analyze/predictions.py --run "$run" --data-path runs/data/digits
 echo "report.md, curves.png, predictions.png, metrics.json and checkpoints are in $PWD/$run"
 .venv/bin/python - "$run/metrics.json" <<'EOF'

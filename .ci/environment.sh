@@ -19,12 +19,34 @@ environment_key() {
     { pwd; cat requirements.txt pyproject.toml setup.py .ci/environment.sh kernels/csrc/*/*; } | sha256sum | cut -d' ' -f1
 }
 
+# begin_setup PYTHON: nobody else sets up .venv until end_setup, or until this shell ends, however it ends.
+begin_setup() {
+    exec 9>.setup.lock
+    "$1" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null && return
+    echo "error: another process is setting up $PWD/.venv: wait for it and run this command again" >&2
+    return 1
+}
+
+end_setup() {
+    exec 9>&-
+}
+
+is_set_up() {
+    [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$(environment_key)" ]
+}
+
 setup_environment() {
+    local python
+    is_set_up && return
+    python=$(find_python)
+    begin_setup "$python"
+    is_set_up || install_environment
+    end_setup
+}
+
+install_environment() {
     local key wanted
     key=$(environment_key)
-    if [ -f .venv/installed ] && [ "$(cat .venv/installed)" = "$key" ]; then
-        return
-    fi
     if [ ! -x .venv/bin/python ]; then
         local python
         python=$(find_python)

@@ -57,12 +57,24 @@ print(" ".join(f"-isystem {path}" if "torch" in path else f"-I{path}" for path i
         -I"$(dirname "$1")" $includes "$1" -o "$1.gch"
 }
 
+dense_environment_key() {
+    { environment_key; cat requirements-dense.txt .ci/mmcv_wheel.sh; } | sha256sum | cut -d' ' -f1
+}
+
+dense_is_set_up() {
+    [ -f .venv/installed-dense ] && [ "$(cat .venv/installed-dense)" = "$(dense_environment_key)" ]
+}
+
 setup_dense_environment() {
+    dense_is_set_up && return
+    begin_setup .venv/bin/python
+    dense_is_set_up || install_dense_environment
+    end_setup
+}
+
+install_dense_environment() {
     local key wheel
-    key=$({ environment_key; cat requirements-dense.txt .ci/mmcv_wheel.sh; } | sha256sum | cut -d' ' -f1)
-    if [ -f .venv/installed-dense ] && [ "$(cat .venv/installed-dense)" = "$key" ]; then
-        return
-    fi
+    key=$(dense_environment_key)
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep ^ninja requirements-dense.txt)"
     wheel=$(mmcv_wheel)
     echo "installing the OpenMMLab packages"

@@ -3,14 +3,14 @@
 import argparse
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ssm_mm.digit_scenes import Scene, make_scene
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import LOCK
+from ssm_train.common.new_folder import MadeMeanwhile, new_folder
 
 _COUNTS = {"train": 400, "val": 80}  # scenes that the command line writes unless told otherwise
 _MANIFEST = "digit_scenes.json"
@@ -26,23 +26,21 @@ def write_scenes(out: Path, layout: str, counts: dict[str, int], write_split: Sp
     it, and one that cannot be written.
     """
     asked = {"layout": layout, **counts}
-    aside = out.absolute().with_name(f".tmp-{os.getpid()}-{out.absolute().name}")
     try:
         if out.is_dir() and any(out.iterdir()):
             _verify(out, asked)
             return False
-        aside.mkdir(parents=True)
-        for split, count in counts.items():
-            write_split(aside, split, (make_scene(split, number) for number in range(count)))
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        sums = {path.relative_to(aside).as_posix(): _checksum(path) for path in files}
-        (aside / _MANIFEST).write_text(json.dumps({**asked, "files": sums}, indent=0))
-        # replaces an empty folder; fails if somebody else put something there meanwhile
-        os.rename(aside, out)
+        with new_folder(out) as aside:
+            for split, count in counts.items():
+                write_split(aside, split, (make_scene(split, number) for number in range(count)))
+            files = sorted(path for path in aside.rglob("*") if path.is_file() and path.name != LOCK)
+            sums = {path.relative_to(aside).as_posix(): _checksum(path) for path in files}
+            (aside / _MANIFEST).write_text(json.dumps({**asked, "files": sums}, indent=0))
+    except MadeMeanwhile:
+        _verify(out, asked)
+        return False
     except OSError as error:
         raise UserError(f"cannot write the scenes to {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return True
 
 

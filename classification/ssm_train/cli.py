@@ -4,8 +4,9 @@
     torchrun --nproc_per_node=2 classification/main.py ...           (or python -m torch.distributed.launch)
 
 The run folder is OUTPUT/TAG, or OUTPUT without --tag. It receives config.yaml, log.txt, log.jsonl, summary.csv,
-TensorBoard events, checkpoints/, metrics.json and report.md. SIGTERM and SIGUSR1 save at the next update and end with
-exit status 0. Mistakes of the user end with one line on stderr and exit status 2.
+TensorBoard events, checkpoints/, metrics.json and report.md. Ctrl-C, SIGTERM and SIGUSR1 save at the next update and
+end with exit status 0; Ctrl-C once more ends at once. Mistakes of the user end with one line on stderr and exit status
+2.
 """
 
 import argparse
@@ -21,17 +22,18 @@ import torch
 from yacs.config import CfgNode as CN
 
 from ssm_train.common import command
-from ssm_train.common.distributed import World, joined_world
+from ssm_train.common.distributed import World, joined_world, restarts
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import folder_lock
 from ssm_train.common.machine import peak_memory_mb
 from ssm_train.common.precision import resolve_amp
 from ssm_train.common.preemption import StopRequest
-from ssm_train.config.load import FLAG_KEYS, load_config, model_differences, parse_config
+from ssm_train.config.load import FLAG_KEYS, load_config
+from ssm_train.continuation import find_checkpoint, refuse_existing_run
 from ssm_train.data.build import close_workers, eval_loader, scan_split
 from ssm_train.data.dataset import BadImages
 from ssm_train.data.sources import FORMATS
-from ssm_train.record.checkpoint import MODEL, MODEL_EMA, Checkpoint, CheckpointStore, Position, read_checkpoint
+from ssm_train.record.checkpoint import MODEL, MODEL_EMA, Checkpoint
 from ssm_train.record.logger import RunLog
 from ssm_train.record.results import description, evaluation_metrics, summary, write_metrics
 from ssm_train.settle import as_before, with_classes, with_machine, with_own_classes
@@ -40,7 +42,7 @@ from ssm_train.step.evaluate import validate
 from ssm_train.step.model import build_model, start_from
 from ssm_train.step.parallel import load_whole
 from ssm_train.step.speed import inference_speed, training_speed
-from ssm_train.trainer import train
+from ssm_train.trainer import Beginning, train
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", metavar="FOLDER")
     add("--tag", metavar="NAME", help="the run folder is OUTPUT/TAG")
     add("--resume", metavar="P", help="a checkpoint folder, or auto: the newest valid one of the run folder")
+    add("--fresh", action="store_true", help="set a run that the run folder holds aside, and start anew")
+    add("--allow-changes", action="store_true", help="with --resume: go on with other data or options than before")
     add("--pretrained", metavar="P", help="start from these weights: checkpoint folder, .safetensors, official .pth")
     add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
     add("--eval", action="store_true", help="validate the weights of --resume or --pretrained; no training")
@@ -93,6 +97,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--new-head goes with --pretrained FILE, to train a fresh classifier on its features")
     if args.resume not in (None, "auto") and args.pretrained:
         raise UserError("give --resume CHECKPOINT or --pretrained, not both: a resumed run has its weights already")
+    if args.fresh and (args.resume or args.eval):
+        raise UserError("--fresh starts a run anew: it goes neither with --resume nor with --eval")
+    if args.fresh and restarts():
+        raise UserError(
+            "--fresh would set aside what was trained before this restart: with torchrun's --max-restarts use --resume "
+            "auto"
+        )
+    if args.allow_changes and (not args.resume or args.eval):
+        raise UserError("--allow-changes goes with --resume, to train on")
     if args.model_ema is False:
         args.model_ema_decay = 0.0
     if args.mesa and args.mesa_value is None:
@@ -132,58 +145,20 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
         report_training_cost(settled_alone(cfg, world), world)
         return
     folder = Path(cfg.OUTPUT) / cfg.TAG
-    if not args.eval and not args.resume:
+    if not args.eval and not args.resume and not args.fresh:
         world.on_main(lambda: refuse_existing_run(folder))
     checkpoint = world.on_main(lambda: find_checkpoint(args, cfg, folder)) if args.resume else None
     if args.eval:
         evaluate(args, cfg, world, log, folder, checkpoint)
     else:
-        pretrained = Path(args.pretrained) if args.pretrained else None
-        train(cfg, world, log, folder, checkpoint, pretrained, args.new_head)
-
-
-def refuse_existing_run(folder: Path) -> None:
-    """UserError where `folder` holds a run that a new one would overwrite."""
-    for name in ("checkpoints", "log.jsonl", "log.txt", "metrics.json"):
-        if (folder / name).exists():
-            raise UserError(
-                f"{folder} already holds a run ({name}): choose another --tag or --output, or add --resume auto"
-            )
-
-
-def find_checkpoint(args: argparse.Namespace, cfg: CN, folder: Path) -> Checkpoint | None:
-    """The checkpoint that --resume means, verified and for the configured model; None to start from scratch."""
-    store = CheckpointStore(folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS)
-    checkpoint = store.newest_valid() if args.resume == "auto" else read_checkpoint(Path(args.resume))
-    if checkpoint is None:
-        if args.eval and not args.pretrained:
-            raise UserError(
-                f"--resume auto: {store.folder} holds no valid checkpoint to evaluate; give --resume CHECKPOINT"
-            )
-        source = args.pretrained or "scratch"
-        _log.info("--resume auto: %s holds no valid checkpoint, starting from %s", store.folder, source)
-        return None
-    differing = model_differences(parse_config(checkpoint.meta["config"]), cfg)
-    if differing:
-        raise UserError(
-            f"checkpoint {checkpoint.folder} is of another model than the config: {'; '.join(differing[:3])} "
-            "(checkpoint -> config); use the config it was trained with"
+        beginning = Beginning(
+            checkpoint=checkpoint,
+            pretrained=Path(args.pretrained) if args.pretrained else None,
+            new_head=args.new_head,
+            fresh=args.fresh,
+            allow_changes=args.allow_changes,
         )
-    if args.resume != "auto" and not args.eval:
-        check_continuation(checkpoint, store, folder)
-    return checkpoint
-
-
-def check_continuation(checkpoint: Checkpoint, store: CheckpointStore, folder: Path) -> None:
-    """UserError where continuing from `checkpoint` in `folder` would overwrite later epochs or mix two runs."""
-    if checkpoint.folder.parent != store.folder.resolve():
-        refuse_existing_run(folder)
-    newest = max(store.positions(), default=Position(0))
-    if newest > checkpoint.position:
-        raise UserError(
-            f"{store.folder} goes on to {newest}; resuming from {checkpoint.position} would overwrite that: choose "
-            "another --tag or --output for the new branch, or use --resume auto"
-        )
+        train(cfg, world, log, folder, beginning)
 
 
 def evaluate(

@@ -1,10 +1,11 @@
 """A training run: the loop over epochs and updates, what is saved and when, and how it goes on after a stop."""
 
 import contextlib
-import json
 import logging
+import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,20 +13,23 @@ from yacs.config import CfgNode as CN
 
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
-from ssm_train.common.fileio import folder_lock, write_atomic
+from ssm_train.common.fileio import FolderLock, folder_lock, to_json, write_atomic
 from ssm_train.common.machine import peak_memory_mb, versions
 from ssm_train.common.preemption import Preempted, StopRequest
 from ssm_train.common.seeding import seed_step
+from ssm_train.continuation import refuse_existing_run, set_aside
 from ssm_train.data.build import check_same_classes, close_workers, eval_loader, scan_split, train_loader
 from ssm_train.data.dataset import BadImages, Batch
 from ssm_train.data.prefetch import device_batches
 from ssm_train.data.sources.base import ImageSource
-from ssm_train.record.checkpoint import Checkpoint, CheckpointStore, Position
+from ssm_train.record.checkpoint import Checkpoint, Position
 from ssm_train.record.guard import Guard, MicroStep, write_dump
 from ssm_train.record.logger import RunLog
 from ssm_train.record.progress import Progress
 from ssm_train.record.report import write_report
 from ssm_train.record.results import Results, better_weights, description, summary, training_metrics, write_metrics
+from ssm_train.record.store import CheckpointStore
+from ssm_train.same_run import check_ranks, check_resumed, fingerprint
 from ssm_train.settle import as_before, asked_batch, with_classes, with_machine
 from ssm_train.start import images_per_update, place, prepare, same_updates
 from ssm_train.step.engine import Training, Update, take_update, training_loss
@@ -34,27 +38,31 @@ from ssm_train.step.losses import mesa_starts
 from ssm_train.step.meter import Meter
 from ssm_train.step.model import set_train_mode
 from ssm_train.step.parallel import exchange
-from ssm_train.step.state import collect, restore
+from ssm_train.step.state import collect, first_nonfinite, restore
 
 _log = logging.getLogger(__name__)
 
 
-def train(
-    cfg: CN,
-    world: World,
-    log: RunLog,
-    folder: Path,
-    checkpoint: Checkpoint | None,
-    pretrained: Path | None,
-    new_head: bool,
-) -> None:
+class Beginning(NamedTuple):
+    """What a run begins with: a checkpoint, or given weights, or none."""
+
+    checkpoint: Checkpoint | None
+    pretrained: Path | None
+    new_head: bool
+    """The classifier of `pretrained` is left out."""
+    fresh: bool
+    """What the run folder holds is set aside."""
+    allow_changes: bool
+    """Data and options may be others than those of `checkpoint`."""
+
+
+def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning) -> None:
     """Train to the last epoch, validating and saving after each, and write metrics.json into the run folder.
 
-    Continues from `checkpoint`, or starts from the weights of `pretrained` (but for its classifier with `new_head`), or
-    from scratch. The run folder is created when data, model and weights have been found to be good. Raises Preempted
-    when it saved and stopped because a signal asked for it.
+    The run folder is created when data, model and weights have been found to be good. Raises Preempted when it saved
+    and stopped because a signal asked for it.
     """
-    asked = asked_batch(cfg)
+    checkpoint, asked = beginning.checkpoint, asked_batch(cfg)
     before = as_before(cfg, checkpoint)
     source = world.together(lambda: scan_split(before, "train"))
     counted = with_classes(before, len(source.classes))
@@ -62,16 +70,20 @@ def train(
     world.together(lambda: check_same_classes(source, val_source))
     settled = with_machine(counted, world, len(source))
     cfg = world.together(lambda: same_updates(settled, checkpoint, world, asked))
+    root = Path(cfg.DATA.DATA_PATH)
+    data = {"train": fingerprint(source, root), "val": fingerprint(val_source, root)}
+    check_ranks(world, cfg, data)
+    check_resumed(cfg, data, images_per_update(cfg, world), checkpoint, beginning.allow_changes)
     loader = world.together(lambda: train_loader(cfg, source, world))
     updates_per_epoch = loader.batch_sampler.updates_per_epoch
-    run = prepare(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head)
+    run = prepare(cfg, world, updates_per_epoch, checkpoint, beginning.pretrained, beginning.new_head)
     val_loader = eval_loader(cfg, val_source, world)
     stop = StopRequest()
     with stop.listening(), contextlib.ExitStack() as stack:
         stack.callback(close_workers, loader, val_loader)
         trainer = Trainer(cfg, world, log, folder, run, source, loader, val_loader, stop)
-        trainer.asked_batch = asked
-        trainer.open(checkpoint, stack)
+        trainer.asked_batch, trainer.data = asked, data
+        trainer.open(checkpoint, beginning.fresh, stack)
         stack.enter_context(trainer.progress)
         trainer.train()
 
@@ -105,9 +117,12 @@ class Trainer:
         self.mesa_from = mesa_starts(cfg) if cfg.TRAIN.MESA else cfg.TRAIN.EPOCHS
         self.position = Position(0)
         self.asked_batch = asked_batch(cfg)
+        self.data: dict[str, dict] | None = None  # fingerprints by split
+        self.lock: FolderLock | None = None  # of the run folder, on rank 0
 
-    def open(self, checkpoint: Checkpoint | None, stack: contextlib.ExitStack) -> None:
-        """Lock the run folder, start its logs, make its checkpoints agree with the results, take up the position."""
+    def open(self, checkpoint: Checkpoint | None, fresh: bool, stack: contextlib.ExitStack) -> None:
+        """Lock the run folder, make its checkpoints agree with the results, start its logs, take up the position. What
+        is in the folder is set aside first, if `fresh`."""
         per_update = images_per_update(self.cfg, self.world)
         self.position = self.world.together(lambda: place(checkpoint, self.updates_per_epoch, per_update))
         if checkpoint is not None:
@@ -120,29 +135,46 @@ class Trainer:
             self.recorded = checkpoint.meta["updates"]
             if checkpoint.meta["images_per_update"] != per_update:
                 _log.warning("images per update were %d, now %d", checkpoint.meta["images_per_update"], per_update)
-        self.world.on_main(lambda: self._open_folder(checkpoint, stack))
+        self.world.on_main(lambda: self._open_folder(checkpoint, fresh, stack))
+        if checkpoint is None:
+            # before the logs: from then on there is a checkpoint to go back to, at every moment
+            self._save()
+        self.world.on_main(self._open_logs)
         if checkpoint is not None:
             _log.info("resumed after %s from %s", self.position, checkpoint.folder)
             self._event("resumed", epoch=self.position.epoch, slot=self.position.update)
 
-    def _open_folder(self, checkpoint: Checkpoint | None, stack: contextlib.ExitStack) -> None:
+    def _open_folder(self, checkpoint: Checkpoint | None, fresh: bool, stack: contextlib.ExitStack) -> None:
+        if fresh:
+            set_aside(self.folder)
         try:
-            stack.enter_context(folder_lock(self.folder))
+            self.lock = stack.enter_context(folder_lock(self.folder))
             write_atomic(self.folder / "config.yaml", self.cfg.dump())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if checkpoint is None:
+            # again, now that nobody else can begin a run here
+            refuse_existing_run(self.folder)
+            self.store.clean()
+            return
+        if checkpoint.folder.parent != self.store.folder.resolve():
+            self.store.clean()
+            self.store.adopt(checkpoint)
+        self.store.open(checkpoint)
+        self.results.forget_missing({position.epoch for position in self.store.positions() if not position.update})
+        # a process killed after saving and before linking left the older links
+        # by its own position: with another batch, the run's may be no checkpoint's
+        self.store.link({**self._links(), "last": checkpoint.position})
+
+    def _open_logs(self) -> None:
+        try:
             self.log.open_text(self.folder)
             self.log.open_series(self.folder, self.recorded)
         except OSError as error:
-            raise UserError(
-                f"cannot write to run folder {self.folder} ({error.strerror}): choose another --output"
-            ) from error
-        self.store.clean()
-        if checkpoint is not None:
-            if checkpoint.folder.parent != self.store.folder.resolve():
-                self.store.adopt(checkpoint)
-            self.results.forget_missing({position.epoch for position in self.store.positions() if not position.update})
-            # a process killed after saving and before linking left the older links
-            # by its own position: with another batch, the run's may be no checkpoint's
-            self.store.link({**self._links(), "last": checkpoint.position})
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cannot write to run folder {self.folder} ({error.strerror}): choose another --output")
 
     def train(self) -> None:
         """From the position to the end of the last epoch; then metrics.json."""
@@ -178,7 +210,7 @@ class Trainer:
     def _write_results(self, metrics: dict) -> Path:
         bad = self.bad.state()
         if bad:
-            write_atomic(self.folder / "bad_images.json", json.dumps(bad, indent=1, sort_keys=True) + "\n")
+            write_atomic(self.folder / "bad_images.json", to_json(bad, indent=1, sort_keys=True) + "\n")
             _log.warning("%d unreadable training images were replaced; bad_images.json lists them", len(bad))
         write_metrics(self.folder, metrics)
         return write_report(self.folder)
@@ -246,6 +278,7 @@ class Trainer:
 
     def _skip(self, update: Update, slot: int, batches: list[Batch], losses: list[torch.Tensor]) -> None:
         """Write down an update that was not finite; roll back after too many in a row."""
+        self._check_folder()
         epoch, accumulation = self.position.epoch, self.cfg.TRAIN.ACCUMULATION_STEPS
         steps = [
             MicroStep(
@@ -276,8 +309,8 @@ class Trainer:
         checkpoint = self.world.on_main(self.store.newest_valid)
         if checkpoint is None:
             raise UserError(
-                f"{self.guard.max_in_a_row + 1} updates in a row were not finite before the first checkpoint was "
-                "written: lower TRAIN.BASE_LR or use --amp off"
+                f"{self.guard.max_in_a_row + 1} updates in a row were not finite, and no checkpoint in "
+                f"{self.store.folder} is as it was written: lower TRAIN.BASE_LR or use --amp off"
             )
         restore(self.run, checkpoint, images_per_update(self.cfg, self.world))
         self._event("rolled_back", epoch=self.position.epoch, slot=self.position.update, to=checkpoint.position.name)
@@ -288,6 +321,7 @@ class Trainer:
         cfg, run = self.cfg, self.run
         accumulation = cfg.TRAIN.ACCUMULATION_STEPS
         steps, iteration = self.updates_per_epoch * accumulation, self.position.update * accumulation
+        self._check_folder()
         self.bad.share()
         values = meter.finish(run)
         remaining = (cfg.TRAIN.EPOCHS - self.position.epoch) * steps - iteration
@@ -307,6 +341,7 @@ class Trainer:
         validated = validate(
             models, self.val_loader, run.amp, world, self.bad_val, self.stop, memory_format=self.memory_format
         )
+        self._check_folder()
         self.results.add(epoch, validated)
         values = {"epoch": epoch, "images": validated["model"].images, "excluded": self.bad_val.count}
         for weights, accuracy in validated.items():
@@ -321,20 +356,34 @@ class Trainer:
         self.position = Position(epoch)
         self._save()
 
+    def _check_folder(self) -> None:
+        """Save and stop where the run folder is no longer under its name. All ranks must call it."""
+        if self.world.on_main(lambda: not self.lock.holds()):
+            self._save()
+
     def _save(self) -> None:
         """A checkpoint of the position. All ranks must call it."""
-        # gradients were finite, but an update can still overflow
-        finite = all(tensor.isfinite().all() for tensor in self.run.network.state_dict().values())
-        if self.world.sum([not finite])[0]:
-            raise UserError(
-                f"weights became infinite or nan before {self.position}; the last checkpoint is intact: lower "
-                "TRAIN.BASE_LR and continue with --resume auto"
-            )
         self.bad.share()
         state = collect(self.run)
+        # gradients were finite, but an update can still overflow. Rank 0 has what all have
+        self.world.on_main(lambda: self._check_finite(state))
         self.world.on_main(lambda: self._write_checkpoint(state))
 
+    def _check_finite(self, state: dict) -> None:
+        cause = first_nonfinite(state)
+        if cause:
+            raise UserError(
+                f"{cause} became infinite or nan before {self.position}; the last checkpoint is intact: lower "
+                "TRAIN.BASE_LR and continue with --resume auto --allow-changes"
+            )
+
     def _write_checkpoint(self, state: dict) -> None:
+        # never into a folder that somebody else has put there
+        moved = not self.lock.holds()
+        if moved and os.path.lexists(self.folder):
+            raise UserError(
+                f"{self.folder} was replaced while this run wrote to it: what it saved is where it was moved"
+            )
         latest = self.results.latest()
         self.store.save(
             self.position,
@@ -355,11 +404,18 @@ class Trainer:
                 "processes": self.world.size,
                 "asked_batch": self.asked_batch,
                 "images_per_update": images_per_update(self.cfg, self.world),
+                "data": self.data,
                 "config": self.cfg.dump(),
                 "versions": versions(),
             },
         )
         self.store.link(self._links())
+        if moved:
+            raise UserError(
+                f"{self.folder} was moved or removed while this run wrote to it; {self.position} is saved in "
+                f"{self.store.folder / self.position.name}: move it back to the others, or continue here with --resume "
+                "auto"
+            )
 
     def _links(self) -> dict[str, Position]:
         """Checkpoint links and where they point."""

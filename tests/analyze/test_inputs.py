@@ -12,7 +12,10 @@ from ssm_train.common.command import run as run_command
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import default_config
 from ssm_train.data.transforms import eval_transform
-from ssm_train.record.checkpoint import CheckpointStore, Position
+from ssm_train.record.checkpoint import Position
+from ssm_train.record.store import CheckpointStore
+
+from ..run_meta import META
 
 KWARGS = {"depths": [1, 1], "dims": 8}
 
@@ -25,7 +28,7 @@ def run(tmp_path_factory):
     cfg.MODEL.KWARGS.update(KWARGS)
     model = timm.create_model("vmamba_nano", num_classes=3, **KWARGS).eval()
     store = CheckpointStore(folder / "checkpoints", keep=1)
-    meta = {"weights": "model", "config": cfg.dump()}
+    meta = {**META, "config": cfg.dump()}
     store.save(Position(1), model=model.state_dict(), ema=None, train_state={}, meta=meta)
     store.link({"best": Position(1)})
     return folder, model, cfg

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssm_train.common.errors import UserError
-from ssm_train.record.checkpoint import CheckpointStore, Position, read_checkpoint
+from ssm_train.record.checkpoint import Position, read_checkpoint
+from ssm_train.record.store import CheckpointStore
+
+from ..run_meta import META
 
 # everything random that training has, so that a resumed run must find each stream again
 RANDOM = ["AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0", "AUG.REPROB", "0.5", "AUG.AUTO_AUGMENT", "rand-m9-mstd0.5-inc1"]
@@ -91,7 +94,7 @@ def test_a_checkpoint_is_data(full_run):
 def test_old_checkpoints_go_linked_ones_stay(tmp_path):
     model, store = torch.nn.Linear(2, 2), CheckpointStore(tmp_path, keep=2)
     for epoch in range(1, 8):
-        store.save(Position(epoch), model=model.state_dict(), ema=None, train_state={}, meta={"weights": "model"})
+        store.save(Position(epoch), model=model.state_dict(), ema=None, train_state={}, meta=META)
         store.link({"last": Position(epoch), "best": Position(min(epoch, 2)), "best_ema": Position(min(epoch, 6))})
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best", "best_ema", "epoch_0002", "epoch_0006", "epoch_0007", "last",
@@ -107,7 +110,7 @@ def test_old_checkpoints_go_linked_ones_stay(tmp_path):
     # a folder of that epoch gives way to the new one
     with torch.no_grad():
         model.weight.fill_(3)
-    store.save(Position(7), model=model.state_dict(), ema=None, train_state={}, meta={"weights": "model"})
+    store.save(Position(7), model=model.state_dict(), ema=None, train_state={}, meta=META)
     assert load_file(tmp_path / "last/model.safetensors")["weight"].unique().tolist() == [3.0]
     assert len(list(tmp_path.iterdir())) == 6
 
@@ -170,7 +173,7 @@ def test_auto_resume_skips_damaged_and_incomplete_ones(cli, full_run, same_state
 
 def test_auto_resume_of_nothing_starts_from_scratch(cli, tmp_path):
     outcome = cli("--output", tmp_path / "new", "--resume", "auto")
-    assert outcome.status == 0 and "holds no valid checkpoint, starting from scratch" in outcome.out
+    assert outcome.status == 0 and "holds no run, starting from scratch" in outcome.out
     # and of a finished run: nothing to do, the metrics are written again
     before = contents(tmp_path / "new/checkpoints")
     (tmp_path / "new/metrics.json").unlink()
@@ -187,13 +190,15 @@ def test_full_disk_loses_nothing(cli, fails, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (smallest - 1000, hard))
-        line = fails("--resume", "auto", *two, parts=("no room left to save epoch_0002", "--resume auto"))
+        line = fails(
+            "--resume", "auto", "--allow-changes", *two, parts=("no room left to save epoch_0002", "--resume auto")
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(tmp_path / "checkpoints") in line and "up to epoch 1, are intact" in line
     assert contents(tmp_path / "checkpoints") == before
     assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == 1
-    outcome = cli("--resume", "auto", *two)
+    outcome = cli("--resume", "auto", "--allow-changes", *two)
     assert outcome.status == 0 and "resumed after epoch 1" in outcome.out
     assert os.readlink(tmp_path / "checkpoints/last") == "epoch_0002"
 

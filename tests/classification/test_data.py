@@ -14,6 +14,7 @@ from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.seeding import epoch_order
 from ssm_train.config.load import load_config
+from ssm_train.data import digits
 from ssm_train.data.build import close_workers, eval_loader, scan_split, train_loader
 from ssm_train.data.dataset import BadImage, BadImages, TrainImages, allowed_bad
 from ssm_train.data.digits import main as digits_main
@@ -310,6 +311,28 @@ def test_digits_are_written_once(tmp_path, capsys):
     assert digits_main(["--out", str(out)]) == 2
     error = capsys.readouterr().err
     assert str(victim) in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_digits_made_by_two_at_a_time_and_after_a_kill(tmp_path, capsys, monkeypatch):
+    """What a killed maker left goes, what another one is filling stays, and who comes second finds it complete."""
+    out, write = tmp_path / "digits", digits._write_tree
+    (tmp_path / ".tmp-1-digits/train").mkdir(parents=True)
+    (tmp_path / ".tmp-1-other").mkdir()
+
+    def overtaken(folder):
+        monkeypatch.setattr(digits, "_write_tree", write)
+        context = multiprocessing.get_context("fork")
+        other = context.Process(target=digits_main, args=(["--out", str(out)],))
+        other.start()
+        other.join()
+        assert folder.exists(), "the other one leaves this one's folder alone"
+        write(folder)
+
+    monkeypatch.setattr(digits, "_write_tree", overtaken)
+    assert digits_main(["--out", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"digits: {out} is complete\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-1-other", "digits"]
+    assert not (out / ".lock").exists()
 
 
 def test_digits_refuse_a_foreign_folder(tmp_path, capsys):

@@ -4,16 +4,20 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from ssm_train import trainer
 from ssm_train.cli import main
 from ssm_train.common.fileio import folder_lock
-from ssm_train.record.checkpoint import CheckpointStore, Position
+from ssm_train.record.checkpoint import Position
+from ssm_train.record.store import CheckpointStore
 
 from .conftest import MAIN
 
@@ -109,6 +113,89 @@ def test_preemption_saves_and_ends(fork, tiny_cfg, same_state, read_log, tmp_pat
     same_state(tmp_path / "whole/checkpoints/last", run / "checkpoints/last")
 
 
+def trains(log: Path, lines: int, job: subprocess.Popen | None = None) -> None:
+    until(lambda: log.exists() and log.read_text().count('"kind": "train"') > lines, job)
+
+
+def test_ctrl_c_saves_once_and_ends_at_once_the_second_time(tiny_cfg, tmp_path):
+    """The terminal sends SIGINT to all processes of the job, loader workers too."""
+    command = [sys.executable, str(MAIN), "--cfg", str(tiny_cfg), "--output", str(tmp_path / "run"), "--resume", "auto"]
+    command += ["--opts", "TRAIN.EPOCHS", "4000", "TRAIN.SAVE_UPDATES", "0", "DATA.NUM_WORKERS", "2"]
+    options = {"start_new_session": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(command, **options, env=ENVIRONMENT)
+    trains(tmp_path / "run/log.jsonl", 7, job)
+    os.killpg(job.pid, signal.SIGINT)
+    # a launcher passes the same Ctrl-C on
+    os.kill(job.pid, signal.SIGINT)
+    out, err = job.communicate(timeout=300)
+    assert (job.returncode, err) == (0, "")
+    assert out.splitlines()[-1].startswith("stopped by SIGINT after epoch")
+    saved = CheckpointStore(tmp_path / "run/checkpoints", 3).newest_valid().position
+    assert saved > Position(1)
+    # now with a step that takes for ever
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    job = subprocess.Popen([sys.executable, str(script), *command[2:]], **options, env=ENVIRONMENT)
+    until(lambda: (tmp_path / "run/slow").exists(), job)
+    os.killpg(job.pid, signal.SIGINT)
+    time.sleep(1.2)
+    assert job.poll() is None
+    os.killpg(job.pid, signal.SIGINT)
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, err) == (130, "error: interrupted\n")
+    assert CheckpointStore(tmp_path / "run/checkpoints", 3).newest_valid().position == saved
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from ssm_train import trainer
+from ssm_train.cli import main
+
+def update(run, *args, **kwargs):
+    Path(sys.argv[4], "slow").touch()
+    for _ in range(10_000):
+        time.sleep(0.1)
+
+trainer.take_update = update
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_before_there_is_anything_to_save():
+    """One line, in place of a traceback."""
+    code = "from ssm_train.common import command\ndef act(): raise KeyboardInterrupt\nexit(command.run(act))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_the_run_folder_goes_while_the_run_writes_to_it(cli, fails, monkeypatch, tmp_path, how):
+    """What was saved stays where it is now; the present state is saved under the old name, unless it is taken."""
+    run, elsewhere, original = tmp_path / "run", tmp_path / "elsewhere", trainer.take_update
+
+    def update(training, *args, **kwargs):
+        if training.updates == 7:
+            shutil.rmtree(run) if how == "removed" else run.rename(elsewhere)
+            if how == "replaced":
+                run.mkdir()
+                (run / "mine").write_text("")
+        return original(training, *args, **kwargs)
+
+    options = ("--opts", "TRAIN.EPOCHS", 3)
+    monkeypatch.setattr(trainer, "take_update", update)
+    words = "was replaced" if how == "replaced" else "epoch 1 and 3 updates is saved in"
+    fails("--output", run, *options, parts=(f"{run} was", "while this run wrote to it", words))
+    if how != "removed":
+        assert CheckpointStore(elsewhere / "checkpoints", 3).newest_valid().position == Position(1)
+    if how == "replaced":
+        assert (run / "mine").exists() and not (run / "checkpoints").exists()
+        return
+    monkeypatch.setattr(trainer, "take_update", original)
+    outcome = cli("--output", run, "--resume", "auto", *options)
+    assert outcome.status == 0 and "resumed after epoch 1 and 3 updates" in outcome.out
+
+
 def test_preemption_of_a_whole_job(tiny_cfg, tmp_path):
     """A batch system signals all processes of a job, loader workers too: the step is finished all the same."""
     command = [sys.executable, str(MAIN), "--cfg", str(tiny_cfg), "--output", str(tmp_path / "run")]
@@ -184,7 +271,10 @@ def test_a_folder_in_use_is_refused(fork, fails, tiny_cfg, read_log, tmp_path):
     run = tmp_path / "run"
     child = fork("--cfg", tiny_cfg, "--output", run, "--opts", "TRAIN.EPOCHS", 4000)
     until(lambda: (run / "checkpoints/last").exists())
-    fails("--output", run, "--resume", "auto", parts=(f"{run} is in use by process {child.pid} on", "--tag"))
+    parts = (f"{run} is in use by process {child.pid} on", "--tag")
+    fails("--output", run, "--resume", "auto", "--opts", "TRAIN.EPOCHS", 4000, parts=parts)
+    # and its folder is not moved away under it
+    fails("--output", run, "--fresh", "--opts", "TRAIN.EPOCHS", 4000, parts=parts)
     child.kill()
     child.join()
     # the lock dies with its owner

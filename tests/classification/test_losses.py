@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import default_config
-from ssm_train.record.checkpoint import CheckpointStore, Position
+from ssm_train.record.checkpoint import Position
+from ssm_train.record.store import CheckpointStore
 from ssm_train.step.losses import (
     Criterion,
     build_criterion,
@@ -20,6 +21,8 @@ from ssm_train.step.losses import (
     soft_cross_entropy,
     soft_distillation,
 )
+
+from ..run_meta import META
 
 B, K = 4, 5
 CPU = torch.device("cpu")
@@ -232,7 +235,7 @@ def test_images_are_normalised_as_the_teacher_was_trained(tmp_path):
     torch.testing.assert_close(predict((pixels - mean) / std), network((pixels - 0.5) / 0.5))
     # a checkpoint folder is of this trainer, and saw our images
     store = CheckpointStore(tmp_path / "checkpoints", 1)
-    folder = store.save(Position(1), model=network.state_dict(), ema=None, train_state={}, meta={"weights": "model"})
+    folder = store.save(Position(1), model=network.state_dict(), ema=None, train_state={}, meta=META)
     predict = load_teacher(teacher_config(folder, "test_vit", 160), CPU)
     images = (pixels - mean) / std
     assert torch.equal(predict(images), network(images))

@@ -134,9 +134,17 @@ def test_giving_up(fails, spoil, tmp_path):
             assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_nothing_to_roll_back_to(fails, spoil, tmp_path):
+def test_before_the_first_epoch_the_start_is_rolled_back_to(fails, spoil, read_log, tmp_path):
     spoil(set(range(99)), lambda loss: loss * math.nan)
-    fails("--output", tmp_path / "a", *OPTIONS, parts=("before the first checkpoint", "TRAIN.BASE_LR"))
+    fails("--output", tmp_path / "a", *OPTIONS, parts=("after 3 roll-back(s)", "TRAIN.BASE_LR"))
+    back = [entry["to"] for entry in read_log(tmp_path / "a", "event") if entry["what"] == "rolled_back"]
+    assert len(back) == 3 and back[0] == "epoch_0000"
+
+
+def test_nothing_to_roll_back_to(fails, spoil, tmp_path, monkeypatch):
+    spoil(set(range(99)), lambda loss: loss * math.nan)
+    monkeypatch.setattr("ssm_train.record.store.CheckpointStore.newest_valid", lambda store: None)
+    fails("--output", tmp_path / "a", *OPTIONS, parts=("no checkpoint in", "is as it was written", "TRAIN.BASE_LR"))
 
 
 def test_counts():

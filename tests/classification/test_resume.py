@@ -139,13 +139,16 @@ def test_another_batch_size(cli, fails, tmp_path):
     for start, batch in (("epoch_0001", 7), ("epoch_0000_update_000002", 8)):
         target = tmp_path / f"b{batch}"
         shutil.copytree(tmp_path / "a/checkpoints" / start, target / "checkpoints" / start)
-        outcome = cli("--output", target, "--resume", "auto", "--batch-size", batch, *options)
+        arguments = ("--output", target, "--resume", "auto", "--batch-size", batch)
+        fails(*arguments, *options, parts=(f"images per update 4 -> {batch}", "--allow-changes"))
+        outcome = cli(*arguments, "--allow-changes", *options)
         assert outcome.status == 0 and f"images per update were 4, now {batch}" in outcome.out
     shutil.copytree(
         tmp_path / "a/checkpoints/epoch_0000_update_000003", tmp_path / "c/checkpoints/epoch_0000_update_000003"
     )
     parts = ("3 updates of 4 images into an epoch", "no whole number of updates of 8", "former batch size")
-    fails("--output", tmp_path / "c", "--resume", "auto", "--batch-size", 8, *options, parts=parts)
+    arguments = ("--output", tmp_path / "c", "--resume", "auto", "--batch-size", 8, "--allow-changes")
+    fails(*arguments, *options, parts=parts)
 
 
 @pytest.mark.full

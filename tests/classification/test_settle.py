@@ -51,7 +51,7 @@ def batch_of(config) -> tuple[int, int]:
     return config["DATA"]["BATCH_SIZE"], config["TRAIN"]["ACCUMULATION_STEPS"]
 
 
-def test_a_run_settles_all_and_its_resume_keeps_it(open_cfg, cli, here, tmp_path, same_state):
+def test_a_run_settles_all_and_its_resume_keeps_it(open_cfg, cli, fails, here, tmp_path, same_state):
     """Stopped after an epoch and continued on a larger machine, it ends with the same bits."""
     here(2, 9 * GB)
     outcome = cli("--output", tmp_path / "a", cfg=open_cfg)
@@ -79,7 +79,9 @@ def test_a_run_settles_all_and_its_resume_keeps_it(open_cfg, cli, here, tmp_path
     # who gives a batch gets it, after a resume, too
     shutil.copytree(tmp_path / "a", tmp_path / "d", symlinks=True)
     shutil.rmtree(tmp_path / "d/checkpoints/epoch_0002")
-    outcome = cli("--output", tmp_path / "d", "--resume", "auto", "--batch-size", 2, cfg=open_cfg)
+    resumed = ("--output", tmp_path / "d", "--resume", "auto", "--batch-size", 2)
+    fails(*resumed, parts=("images per update 16 -> 2", "--allow-changes"), cfg=open_cfg)
+    outcome = cli(*resumed, "--allow-changes", cfg=open_cfg)
     assert outcome.status == 0 and batch_of(read_config(tmp_path / "d")) == (2, 1)
 
 

@@ -11,14 +11,15 @@ from ssm_train.common.fileio import disk_full_message, is_disk_full
 from ssm_train.common.preemption import Preempted
 
 _GRACE_SECONDS = 5
+_INTERRUPTED = 130  # what shells report of a program that Ctrl-C has ended
 
 # import names of this repository, which an installed copy or another checkout may have as well
 _OURS = ("ssm_ops", "ssm_models", "ssm_train", "ssm_mm", "detection", "segmentation", "analyze")
 
 
 def run(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit status: 0, also where it was asked to stop and saved, or 2 after the one line of
-    a UserError or of a full disk. Of several processes, one a machine speaks."""
+    """Run a command; returns its exit status: 0, also where it was asked to stop and saved; 130 after Ctrl-C that saved
+    nothing; or 2 after the one line of a UserError or of a full disk. Of several processes, one a machine speaks."""
     try:
         check_checkout()
         command()
@@ -26,6 +27,10 @@ def run(command: Callable[[], None]) -> int:
         if is_local_main():
             print(stopped)
         return 0
+    except KeyboardInterrupt:
+        if is_local_main():
+            print("error: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except UserError as error:
         # one that was raised in a loader's worker arrives with that worker's traceback in front
         message = str(error).rpartition(f"{UserError.__name__}: ")[2]

@@ -96,6 +96,11 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def restarts() -> int:
+    """How often the launcher has started the processes of this run anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 @contextlib.contextmanager
 def joined_world(device_name: str, memory_share: float = 0.0) -> Iterator[World]:
     """Join the processes of the launcher, if there is one: torchrun and torch.distributed.launch set the environment.
@@ -135,7 +140,7 @@ def _store_of_this_start(rank: int, size: int) -> dist.Store:
     """
     store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return dist.PrefixStore(f"restart_{restarts()}", store)
     return store
 
 

@@ -6,10 +6,14 @@ A kill leaves what was written aside, `.tmp-*`; whoever locks the folder next re
 import contextlib
 import errno
 import fcntl
+import json
+import math
 import os
 import platform
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from ssm_train.common.errors import UserError
 
@@ -17,6 +21,7 @@ from ssm_train.common.errors import UserError
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # how the names of what is being written begin
 ASIDE = ".tmp-"
+LOCK, _LOCK_BYTES = ".lock", 256
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -28,6 +33,32 @@ def disk_full_message(error: OSError) -> str:
     """For the user."""
     where = error.filename or "the logs"
     return f"no room left to write {where} ({error.strerror}): free some space and continue with --resume auto"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, if it is one: no link, and no device or pipe, whose reading might never end. Raises OSError,
+    whose strerror says what it is instead."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link, not a file", str(path))
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def to_json(value: Any, **layout: Any) -> str:
+    """JSON text of plain values, laid out as json.dumps is told; numbers that are not finite become null."""
+    return json.dumps(finite(value), allow_nan=False, **layout)
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no infinities: None in the place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -75,25 +106,44 @@ def remove_asides(folder: Path) -> None:
             path.unlink()
 
 
+class FolderLock:
+    """A folder that this process alone writes to."""
+
+    def __init__(self, folder: Path, file: BinaryIO) -> None:
+        self.folder, self._file = folder, file
+
+    def holds(self) -> bool:
+        """Whether the folder under its name still is the one that was locked."""
+        try:
+            found = os.stat(self.folder / LOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(found, os.fstat(self._file.fileno()))
+
+
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[FolderLock]:
     """Keep other processes from writing to `folder` (created if it is not there); UserError when one does already.
 
     The operating system gives the lock back when this process ends, however it ends. A POSIX record lock and not
     flock(): the latter would live on in the loader's workers after a kill.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with open(folder / LOCK, "ab+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
+            owner = file.read(_LOCK_BYTES).decode(errors="replace").strip()
             raise UserError(
-                f"{folder} is in use by {file.read().strip() or 'another process'}: wait for it, or choose another "
-                "--tag or --output"
+                f"{folder} is in use by {owner or 'another process'}: wait for it, or choose another --tag or --output"
             ) from error
+        lock = FolderLock(folder, file)
+        # somebody may have moved the folder between the two steps
+        if not lock.holds():
+            raise UserError(f"{folder} was moved or removed by another process just now: run this command again")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
         file.flush()
         remove_asides(folder)
-        yield
+        yield lock

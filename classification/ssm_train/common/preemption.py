@@ -1,17 +1,21 @@
-"""Asked to stop: SIGTERM (Kubernetes, Slurm, spot machines) and SIGUSR1 (Slurm's early warning) end a run in order."""
+"""Asked to stop: Ctrl-C, SIGTERM (Kubernetes, Slurm, spot machines) and SIGUSR1 (Slurm's early warning) end a run in
+order."""
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _WORKERS_GRACE = 60  # seconds
+_SAME_PRESS = 1.0  # seconds; a launcher passes on the Ctrl-C that the terminal sends to all processes anyway
 
 
 def leave_signals_to_trainer(worker: int) -> None:
     """For loader workers (`worker_init_fn`): a batch system signals all processes, and the trainer still needs them to
     finish its step. SIGTERM, which also ends workers that were left behind, takes effect a minute later."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKERS_GRACE))
 
@@ -25,16 +29,24 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = ""
+        self._interrupted = 0.0  # when Ctrl-C was pressed first
 
     def __bool__(self) -> bool:
         return bool(self.signal)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
+        self.signal = self.signal or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        if not self._interrupted:
+            self._interrupted = time.monotonic()
+        elif time.monotonic() > self._interrupted + _SAME_PRESS:
+            raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, the signals only set this flag: a step is finished and a checkpoint written before the run ends."""
+        """Inside, the signals only set this flag: a step is finished and a checkpoint written before the run ends. Who
+        presses Ctrl-C again does not want to wait for that: KeyboardInterrupt."""
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield

@@ -124,6 +124,17 @@ def lookup(cfg: CN, key: str) -> Any:
     return node
 
 
+def flattened(cfg: CN, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted keys."""
+    values = {}
+    for name, value in cfg.items():
+        if isinstance(value, CN):
+            values |= flattened(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
 def replaced(cfg: CN, values: dict[str, Any]) -> CN:
     """A frozen copy of the config with other values at dotted keys."""
     copy = cfg.clone()

@@ -10,8 +10,6 @@ training (1,442). Nothing in it is random, so it is the same with every version 
 import argparse
 import hashlib
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from PIL import Image
 
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
-from ssm_train.common.fileio import is_disk_full, sync_folder, write_synced
+from ssm_train.common.fileio import is_disk_full, write_synced
+from ssm_train.common.new_folder import MadeMeanwhile, new_folder
 
 _SIZE = 32
 _VAL_EVERY = 5
@@ -44,22 +43,19 @@ def write_digits(out: Path) -> bool:
     It is built aside and renamed, so a tree under `out` is complete. One that is there is compared with its manifest
     and left alone. Raises UserError for a damaged tree, a folder that holds something else and a full disk.
     """
-    if out.is_dir() and any(out.iterdir()):
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            _verify(out)
+            return False
+        with new_folder(out) as aside:
+            _write_tree(aside)
+    except MadeMeanwhile:
         _verify(out)
         return False
-    aside = out.with_name(f".tmp-{os.getpid()}-{out.name}")
-    try:
-        aside.mkdir(parents=True)
-        _write_tree(aside)
-        # replaces an empty folder; fails if somebody else put a tree there meanwhile
-        os.rename(aside, out)
-        sync_folder(out.parent)
     except OSError as error:
         if is_disk_full(error):
             raise UserError(f"no room left for the digits in {out.parent}: free 8 MB and run again") from error
         raise UserError(f"cannot write the digits to {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return True
 
 

@@ -16,9 +16,9 @@ from termcolor import colored
 from torch.utils.tensorboard import SummaryWriter
 
 from ssm_train.common.errors import UserError
-from ssm_train.common.fileio import is_disk_full, write_atomic
+from ssm_train.common.fileio import finite, is_disk_full, write_atomic
 from ssm_train.common.preemption import Preempted
-from ssm_train.record.series import Entry, Summary, as_line, entries_until, jsonable, read_entries
+from ssm_train.record.series import Entry, Summary, as_line, entries_until, read_entries
 
 _ROOT = "ssm_train"
 
@@ -132,7 +132,7 @@ class RunLog(contextlib.AbstractContextManager):
         """
         if self._jsonl is None or self._board is None or self._summary is None:
             return
-        entry: Entry = {"kind": kind, "update": update, **{name: jsonable(value) for name, value in values.items()}}
+        entry: Entry = finite({"kind": kind, "update": update, **values})
         self._jsonl.write(as_line(entry))
         scalars = {f"{kind}/{name}": entry[name] for name in values if isinstance(entry[name], int | float)}
         for tag, value in scalars.items():

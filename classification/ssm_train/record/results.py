@@ -1,6 +1,7 @@
 """What a run has reached: the best and the last validation results, and metrics.json made of them."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,8 @@ from torch import nn
 from yacs.config import CfgNode as CN
 
 from ssm_train.common.distributed import World
-from ssm_train.common.fileio import write_atomic
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import to_json, write_atomic
 from ssm_train.common.machine import versions
 from ssm_train.step.evaluate import Accuracy
 from ssm_train.step.model import count_parameters
@@ -27,7 +29,11 @@ class Results:
     """The records best, best_ema, last and last_ema of a run."""
 
     def __init__(self, records: dict[str, Record] | None = None) -> None:
-        self.records: dict[str, Record] = dict(records or {})
+        # a loss that was not finite is null in meta.json
+        self.records: dict[str, Record] = {
+            name: {key: math.nan if value is None else value for key, value in record.items()}
+            for name, record in (records or {}).items()
+        }
 
     def add(self, epoch: int, validated: dict[str, Accuracy]) -> None:
         """Enter the results of an epoch (from 1)."""
@@ -60,8 +66,8 @@ class Results:
 
 
 def _rank(record: Mapping[str, float]) -> tuple[float, float]:
-    """Higher top-1 is better; on small validation sets it often ties, then the lower loss decides."""
-    return record["top1"], -record["loss"]
+    """Higher top-1 is better; on small validation sets it often ties, then the lower loss decides; nan is no loss."""
+    return record["top1"], -math.inf if math.isnan(record["loss"]) else -record["loss"]
 
 
 def better_weights(records: Mapping[str, Record]) -> str:
@@ -121,8 +127,18 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> Path:
     """
     path = folder / "metrics.json"
     if metrics["mode"] == "eval":
-        earlier = json.loads(path.read_text()) if path.exists() else {}
+        earlier = _read_metrics(path) if path.exists() else {}
         trained = earlier if earlier.get("mode") == "train" else metrics
         metrics = {**trained, "eval": metrics}
-    write_atomic(path, json.dumps(metrics, indent=2) + "\n")
+    write_atomic(path, to_json(metrics, indent=2) + "\n")
     return path
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}): move it away, or choose another --output") from error
+    if not isinstance(metrics, dict):
+        raise UserError(f"{path} holds a {type(metrics).__name__}: move it away, or choose another --output")
+    return metrics

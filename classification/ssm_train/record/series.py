@@ -4,10 +4,11 @@ import contextlib
 import csv
 import io
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from ssm_train.common.fileio import to_json
 
 # {"kind": "train", "val" or "event", "update": optimizer updates made, and what was recorded}
 Entry = dict[str, Any]
@@ -16,14 +17,9 @@ _VAL = ("top1", "top5", "loss", "ema_top1", "ema_top5", "ema_loss", "seconds")
 _COLUMNS = ("epoch", "update", "lr", "train_loss", *_VAL[:-1], "images_per_second", "data_wait", "seconds")
 
 
-def jsonable(value: float | int | str | None) -> float | int | str | None:
-    """A value for JSON, which has no infinities."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def as_line(entry: Entry) -> str:
     """As it stands in log.jsonl."""
-    return json.dumps(entry) + "\n"
+    return to_json(entry) + "\n"
 
 
 def read_entries(path: Path) -> list[Entry]:
