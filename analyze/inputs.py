@@ -26,9 +26,10 @@ from ssm_train.common.decode import UNREADABLE, Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import channels
 from ssm_train.config.load import parse_config
+from ssm_train.data.sources.base import read_range
 from ssm_train.data.transforms import Transform, eval_transform
 from ssm_train.record.checkpoint import META, read_checkpoint
-from ssm_train.step.model import check_model_name, load_pretrained
+from ssm_train.step.model import Pretrained, check_model_name, load_pretrained
 
 T = TypeVar("T")
 
@@ -78,14 +79,14 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
     if not is_path(checkpoint):
         _published(checkpoint)
         model = build_model(name)
-        load_pretrained(model, checkpoint, option="--checkpoint")
+        load_pretrained(model, Pretrained(checkpoint), option="--checkpoint")
         return model.eval()
     cfg = run_config(checkpoint)
     if cfg is not None and name != cfg.MODEL.NAME:
         raise UserError(f"--checkpoint {checkpoint} is of the model {cfg.MODEL.NAME}, not of {name}")
     file = weights_file(checkpoint)
     model = build_model(name, _classes_in(file, name), None if cfg is None else cfg.MODEL.KWARGS)
-    load_pretrained(model, file, option="--checkpoint")
+    load_pretrained(model, Pretrained(file), option="--checkpoint")
     return model.eval()
 
 
@@ -159,7 +160,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
             if not inside:
                 raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
             found += inside
-        elif path.is_file():
+        elif path.exists():
             found.append(path)
         else:
             raise UserError(f"{path} does not exist: give an image or a folder of images")
@@ -179,7 +180,7 @@ def image_decoder(checkpoint: Path | None, asked: Sequence[float] | None = None)
 def read_image(path: Path, decoder: Decoder = RGB) -> Image.Image:
     """An image of any size and mode (grey, alpha, CMYK, palette, with a range also 16 bit and float) in 8 bits."""
     try:
-        return decoder(path.read_bytes())
+        return decoder(read_range(path))
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 

@@ -4,7 +4,8 @@ python analyze/predict.py --checkpoint runs/quickstart --images FILE_OR_FOLDER .
 python analyze/predict.py --model vmamba_tiny_s1l8 --checkpoint OFFICIAL.pth [--classes NAMES.txt]
 
 Images are prepared as in the evaluation of the run or, for other weights, of the model's authors. Writes the sheet
-(PNG) and, under the same name, all predictions as csv.
+(PNG) and, under the same name, all predictions as csv. Files that cannot be read are named, a line each on stderr, and
+left out; the exit status is then 1, or 2 where none can be read.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from analyze import inputs
 from analyze.figures import check_png, save_figure
 from analyze.predictions import Tile, denormalise, draw_sheet
 from analyze.tables import write_csv
+from ssm_models.printable import printable
 from ssm_train.common.command import run
+from ssm_train.common.decode import Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.data.build import scan_split
 from ssm_train.data.transforms import Transform
@@ -76,6 +79,16 @@ def predict(
         probabilities, classes = model(pixels.to(device)).float().softmax(-1).topk(top)
         for (name, _), *answer in zip(batch, pixels, classes.tolist(), probabilities.tolist(), strict=True):
             yield Answer(name, *answer)
+
+
+def readable(paths: Iterable[Path], decoder: Decoder, unreadable: list[str]) -> Iterator[tuple[str, Image.Image]]:
+    """(path, image) of the files that can be read; the others are reported on stderr and added to `unreadable`."""
+    for path in paths:
+        try:
+            yield str(path), inputs.read_image(path, decoder)
+        except UserError as error:
+            unreadable.append(str(error))
+            print(error, file=sys.stderr)
 
 
 def draw(answers: list[Answer], names: list[str], model: str, title: str) -> Figure:
@@ -133,21 +146,25 @@ def main(argv: list[str] | None = None) -> int:
         if args.size is not None:
             inputs.check_image_size(model, name, (args.size, args.size), decoder.channels)
         paths = inputs.find_images(args.images)
-        files = ((str(path), inputs.read_image(path, decoder)) for path in paths)
+        files = readable(paths, decoder, unreadable)
         images = files if paths else iter(inputs.sample_images(decoder).items())
         answers = []
         for answer in inputs.progress(
             predict(model, transform, images, min(args.top, len(names))), "images", len(paths)
         ):
             answers.append(answer if len(answers) < _ON_SHEET else answer._replace(pixels=answer.pixels.new_empty(0)))
+        if not answers:
+            raise UserError(f"none of the {len(paths)} images is readable, e.g. {unreadable[0]}")
         title = f"{name}{' with random weights' if args.checkpoint is None else ''}: most probable classes"
         save_figure(draw(answers[:_ON_SHEET], names, name, title), args.out)
         table = args.out.with_suffix(".csv")
         write_csv(table, _COLUMNS, rows(answers, names))
         best = answers[0]
-        print(f"{best.image}: {names[best.classes[0]]} {best.probabilities[0]:.1%}", args.out, table, sep="\n")
+        line = f"{best.image}: {names[best.classes[0]]} {best.probabilities[0]:.1%}"
+        print(printable(line), args.out, table, sep="\n")
 
-    return run(command)
+    unreadable: list[str] = []
+    return run(command) or int(bool(unreadable))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from yacs.config import CfgNode as CN
 
 from analyze.figures import check_png, save_figure
+from ssm_models.printable import printable
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import parse_config
@@ -43,8 +44,8 @@ def predict(cfg: CN, weights: Path, count: int, device: torch.device) -> list[Pr
     count = min(count, len(source))
     transform = eval_transform(cfg)
     chosen = [number * len(source) // count for number in range(count)]
-    loaded = [(load_image(source, index), int(source.targets[index])) for index in chosen]
-    samples = [(transform(image), target) for image, target in loaded if not isinstance(image, BadImage)]
+    loaded = [(load_image(source, index, transform), int(source.targets[index])) for index in chosen]
+    samples = [(image, target) for image, target in loaded if not isinstance(image, BadImage)]
     if not samples:
         raise UserError(f"none of the {count} chosen images in {source.root} is readable")
     model = build_model(cfg)
@@ -80,11 +81,13 @@ def draw_sheet(tiles: list[Tile], title: str, columns: int = _COLUMNS) -> Figure
         axes = figure.add_subplot(rows, columns, number + 1)
         axes.imshow(tile.image.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
-        axes.set_title(tile.caption, fontsize=8, color="red" if tile.wrong else "black")
-        axes.set_xlabel(tile.note, fontsize=7, color="dimgray", labelpad=2)
+        # names of folders and files are shown as they are, not as formulas
+        caption = "\n".join(map(printable, tile.caption.split("\n")))
+        axes.set_title(caption, fontsize=8, color="red" if tile.wrong else "black", parse_math=False)
+        axes.set_xlabel(printable(tile.note), fontsize=7, color="dimgray", labelpad=2, parse_math=False)
         for spine in axes.spines.values():
             spine.set(color="red" if tile.wrong else "silver", linewidth=3 if tile.wrong else 1)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 

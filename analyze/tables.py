@@ -10,7 +10,7 @@ from analyze.inputs import make_folder
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
     """The cells of `rows` below the names of their columns; None is left blank. The folder is made if need be."""
     make_folder(path.parent)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(rows)

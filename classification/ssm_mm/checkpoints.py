@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssm_mm.log_values import plain
-from ssm_models.checkpoint import describe_difference
+from ssm_models.checkpoint import describe_difference, describe_values
 from ssm_models.unpickle import CheckpointError, read_pickle
 from ssm_models.weights import resolve
 from ssm_train.common.errors import UserError
@@ -98,7 +98,8 @@ def fit(model: nn.Module, content: dict[str, Any], path: str | Path) -> dict[str
         own = model.backbone.convert_state_dict(own)
     unneeded = getattr(model.backbone, "unneeded", ())
     weights = {**{f"backbone.{name}": value for name, value in own.items() if name not in unneeded}, **rest}
-    difference = describe_difference(weights, model.state_dict())
+    own = model.state_dict()
+    difference = describe_difference(weights, own) or describe_values(weights, own)
     if difference:
         raise UserError(f"checkpoint {path} does not fit this {type(model).__name__}: {difference}")
     return weights

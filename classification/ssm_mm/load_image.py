@@ -1,5 +1,6 @@
 """mmcv's reading of images, which names the file when it fails and knows what the values of more than 8 bits mean."""
 
+import os
 from collections.abc import Sequence
 
 import cv2
@@ -7,7 +8,7 @@ import mmcv.transforms
 import numpy as np
 from mmengine.fileio import get
 
-from ssm_train.common.decode import UNREADABLE, Decoder, deep_kind
+from ssm_train.common.decode import UNREADABLE, Decoder, check_header, check_size, deep_kind
 from ssm_train.common.errors import UserError
 
 
@@ -32,9 +33,15 @@ class LoadImageFromFile(mmcv.transforms.LoadImageFromFile):
     def transform(self, results: dict) -> dict | None:
         path = results["img_path"]
         try:
+            if os.path.exists(path):
+                # a pipe, whose reading would never end, or a file too large to be an image
+                check_size(os.stat(path).st_size if os.path.isfile(path) else -1)
             data = get(path, backend_args=self.backend_args)
+            check_header(data)
             if self.color_type == "unchanged" or not deep_kind(data):
                 return super().transform(results)
+        except ValueError as error:
+            raise UserError(f"image {path} cannot be read: {error}") from error
         except (cv2.error, AssertionError, OSError) as error:
             if self.ignore_empty:
                 return None

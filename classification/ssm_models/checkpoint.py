@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 _ENTRIES = {"auto": ("model", "state_dict", "model_ema"), "model": ("model", "state_dict"), "ema": ("model_ema",)}
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 _MAX_DIFFERENCE = 1000  # characters: up to nine names
 
 # What a classifier has and a backbone has not, and the other way round.
@@ -134,7 +137,9 @@ class LoadReport(NamedTuple):
         return "; ".join([loaded, *_some("stayed as they were:", self.fresh), *_some("left out:", self.left_out)])
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto", new_head: bool = False) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, path: str | Path, which: str = "auto", new_head: bool = False, allow_nonfinite: bool = False
+) -> LoadReport:
     """Load the weights of a file into `model`, every one of them or none.
 
     A dense backbone takes a classifier's file, too: without the classifier, and keeping its own norms and pyramid.
@@ -142,9 +147,11 @@ def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto", new
     Args:
         path, which: see `read_checkpoint`. Names of older publications are converted by the model.
         new_head: leave the last linear layer as it is, whatever the file has: for another set of classes.
+        allow_nonfinite: take weights with nan or infinity, too, for those who want to see what became of a model.
 
     Raises:
-        CheckpointError: as `read_checkpoint`, or the first names that are missing, unexpected or of another shape.
+        CheckpointError: as `read_checkpoint`, or the first names that are missing, unexpected or of another shape, or
+            have values that the model cannot hold, see `describe_values`.
         ValueError: `new_head` for a model without a classifier.
     """
     weights = find_weights(path, which)
@@ -172,6 +179,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, which: str = "auto", new
         shared = (_without(names, [n for n in names if head and n.startswith(head)]) for names in (found, wanted))
         hint = "" if describe_difference(*shared) else "; new_head=True keeps the model's own classifier"
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {difference}{hint}", _MAX_DIFFERENCE)
+    fault = describe_values(found, wanted, allow_nonfinite)
+    if fault:
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {fault}")
     model.load_state_dict({**own, **found}, strict=True)
     report = LoadReport(weights.entry, tuple(fresh), (*left_out, *weights.beside))
     _log.info("%s: %s", path, report)
@@ -204,7 +214,34 @@ def _classifier_prefix(model: nn.Module) -> str | None:
 
 
 def _without(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    return {name: value for name, value in tensors.items() if name not in names}
+    left = set(names)
+    return {name: value for name, value in tensors.items() if name not in left}
+
+
+def describe_values(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], allow_nonfinite: bool = False) -> str:
+    """What keeps the values of `found`, of the names of `wanted`, from being weights; "" if nothing does.
+
+    float16, bfloat16, float32 and float64 are converted to each other where all values stay finite; integers to
+    integers where none changes. Nothing else is: bool, complex, float8, or one kind in the place of the other.
+    """
+    for name, value in wanted.items():
+        given = found[name]
+        if value.dtype in _FLOATS and given.dtype in _FLOATS:
+            if value.is_meta or allow_nonfinite:
+                continue
+            converted = given.to(value.dtype)
+            # a sum is finite only if all is, and takes a third of the time; a sum may overflow
+            if not converted.sum().isfinite() and not (finite := converted.isfinite()).all():
+                return (
+                    f"{name} has {int((~finite).sum())} values that are not finite in {value.dtype}; "
+                    "allow_nonfinite=True takes them"
+                )
+        elif value.dtype in _INTEGERS and given.dtype in _INTEGERS:
+            if not value.is_meta and not torch.equal(given.to(value.dtype).to(given.dtype), given):
+                return f"{name} has values that {value.dtype} cannot hold"
+        elif given.dtype != value.dtype:
+            return f"{name} is {given.dtype}, not {value.dtype}"
+    return ""
 
 
 def describe_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

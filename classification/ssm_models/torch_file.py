@@ -24,7 +24,9 @@ from .pickle_machine import Bounded, Call, Malformed, Name, Refused, run
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_ENTRIES = 1 << 16
-_CHUNK = 1 << 20
+_CHUNK = 1 << 24
+# of a zip entry: a signature, what its directory says as well, and the lengths of name and extra field before the bytes
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
 class Storage(NamedTuple):
@@ -64,7 +66,7 @@ def open_torch_file(file: io.BufferedIOBase) -> Iterator[TorchFile]:
         return
     try:
         with zipfile.ZipFile(bounded) as archive:
-            yield _Zip(archive, bounded.size).opened()
+            yield _Zip(archive, file, bounded.size).opened()
     except (Malformed, Refused):
         raise
     # what zipfile raises for archives that are damaged, encrypted or of another kind
@@ -107,8 +109,8 @@ STORAGES = _storage_kinds()
 
 
 class _Zip:
-    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
-        self._archive = archive
+    def __init__(self, archive: zipfile.ZipFile, file: io.BufferedIOBase, size: int) -> None:
+        self._file = file
         entries = archive.infolist()
         names = {entry.filename: entry for entry in entries}
         if len(names) < len(entries) or len(entries) > _MAX_ENTRIES:
@@ -147,10 +149,16 @@ class _Zip:
         return self._bytes(entry).numpy().tobytes()
 
     def _bytes(self, entry: zipfile.ZipInfo) -> Tensor:
-        with self._archive.open(entry) as stream:  # which compares the checksum at the end
-            filled = _filled(stream, entry.file_size)
-            stream.read(1)
-            return filled
+        """Straight from the file, as entries are not compressed: zipfile would copy them twice."""
+        self._file.seek(entry.header_offset)
+        header = self._file.read(_LOCAL_HEADER.size)
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+            raise Malformed(f"its zip archive has no header before {entry.filename}")
+        self._file.seek(sum(_LOCAL_HEADER.unpack(header)[1:]), io.SEEK_CUR)
+        filled = _filled(self._file, entry.file_size)
+        if zlib.crc32(filled.numpy()) != entry.CRC:
+            raise Malformed(f"its zip archive is broken: Bad CRC-32 for {entry.filename}")
+        return filled
 
 
 class _Legacy:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .file_kinds import foreign_kind
 from .pickle_machine import Call, Malformed, Name, Record, Refused, check_key
+from .printable import printable
 from .torch_file import STORAGES, Storage, TorchFile, open_torch_file
 
 __all__ = ["CheckpointError", "Name", "Record", "read_pickle"]
@@ -30,10 +31,10 @@ _MAX_DIMENSIONS = 64  # of a tensor, in PyTorch
 
 class CheckpointError(RuntimeError):
     """A file that cannot be read, or does not fit the model. The message is one line of at most `limit` printable
-    characters, however long and odd the names in a file are."""
+    characters, however long and odd the names in a file are; line ends and escape sequences are shown escaped."""
 
     def __init__(self, message: str, limit: int = 300) -> None:
-        line = "".join(char if char.isprintable() else "?" for char in " ".join(message.split()))
+        line = printable(message.strip())
         if len(line) > limit:
             line = f"{line[: limit * 2 // 3]} ... {line[-limit // 3 + 5 :]}"
         super().__init__(line)

@@ -21,6 +21,7 @@ from typing import NoReturn
 import torch
 from yacs.config import CfgNode as CN
 
+from ssm_models.printable import printable
 from ssm_train.common import command
 from ssm_train.common.distributed import World, joined_world, restarts
 from ssm_train.common.errors import UserError
@@ -39,7 +40,7 @@ from ssm_train.record.results import description, evaluation_metrics, summary, w
 from ssm_train.settle import as_before, with_classes, with_machine, with_own_classes
 from ssm_train.start import prepare
 from ssm_train.step.evaluate import validate
-from ssm_train.step.model import build_model, start_from
+from ssm_train.step.model import Pretrained, build_model, start_from
 from ssm_train.step.parallel import load_whole
 from ssm_train.step.speed import inference_speed, training_speed
 from ssm_train.trainer import Beginning, train
@@ -72,6 +73,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="set a run that the run folder holds aside, and start anew")
     add("--allow-changes", action="store_true", help="with --resume: go on with other data or options than before")
     add("--pretrained", metavar="P", help="start from these weights: checkpoint folder, .safetensors, official .pth")
+    add("--which", choices=("model", "ema"), help="with --pretrained: its plain or its averaged weights (the better)")
+    add("--allow-nonfinite", action="store_true", help="with --pretrained: take weights with nan or infinity, too")
     add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
     add("--eval", action="store_true", help="validate the weights of --resume or --pretrained; no training")
     add("--throughput", action="store_true", help="measure inference images/s on synthetic images; no training")
@@ -95,6 +98,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--eval needs weights: give --resume CHECKPOINT or --pretrained FILE")
     if args.new_head and (args.eval or not args.pretrained):
         raise UserError("--new-head goes with --pretrained FILE, to train a fresh classifier on its features")
+    if (args.which or args.allow_nonfinite) and not args.pretrained:
+        raise UserError("--which and --allow-nonfinite go with --pretrained")
     if args.resume not in (None, "auto") and args.pretrained:
         raise UserError("give --resume CHECKPOINT or --pretrained, not both: a resumed run has its weights already")
     if args.fresh and (args.resume or args.eval):
@@ -129,7 +134,7 @@ def classify(argv: list[str] | None) -> None:
     args = parse_args(argv)
     cfg = load_config(args.cfg, args.opts, {flag: getattr(args, flag) for flag in FLAG_KEYS})
     with (
-        joined_world(cfg.DEVICE, cfg.MEMORY_SHARE) as world,
+        joined_world(cfg.DEVICE, cfg.MEMORY_SHARE, cfg.TIMEOUT) as world,
         world.together(lambda: RunLog(world.is_main, cfg.WANDB)) as log,
     ):
         run(args, cfg, world, log)
@@ -145,6 +150,8 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
         report_training_cost(settled_alone(cfg, world), world)
         return
     folder = Path(cfg.OUTPUT) / cfg.TAG
+    if printable(str(folder)) != str(folder):
+        raise UserError(f"run folder {folder}: what is written there needs a name in printable UTF-8; choose another")
     if not args.eval and not args.resume and not args.fresh:
         world.on_main(lambda: refuse_existing_run(folder))
     checkpoint = world.on_main(lambda: find_checkpoint(args, cfg, folder)) if args.resume else None
@@ -153,12 +160,15 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
     else:
         beginning = Beginning(
             checkpoint=checkpoint,
-            pretrained=Path(args.pretrained) if args.pretrained else None,
-            new_head=args.new_head,
+            pretrained=_pretrained(args) if args.pretrained else None,
             fresh=args.fresh,
             allow_changes=args.allow_changes,
         )
         train(cfg, world, log, folder, beginning)
+
+
+def _pretrained(args: argparse.Namespace) -> Pretrained:
+    return Pretrained(Path(args.pretrained), args.which or "auto", args.new_head, args.allow_nonfinite)
 
 
 def evaluate(
@@ -172,7 +182,7 @@ def evaluate(
     network = world.together(lambda: build_model(cfg))
     models, weights_of = {"model": network}, str(args.pretrained)
     if checkpoint is None:
-        _log.info("weights from %s", world.together(lambda: start_from(network, cfg, Path(args.pretrained))))
+        _log.info("weights from %s", world.together(lambda: start_from(network, cfg, _pretrained(args))))
     else:
         weights_of = str(checkpoint.folder)
         world.together(lambda: load_whole(network, checkpoint.weights(MODEL, network)))

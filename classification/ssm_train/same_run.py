@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 # and computed, when a run gives up. The batch counts by the images per update; the data by what is in them.
 _FREE = {
     *("OUTPUT", "TAG", "PRINT_FREQ", "WANDB", "DEVICE", "COMPILE", "CHANNELS_LAST", "PARALLEL", "MEMORY_SHARE"),
+    "TIMEOUT",
     *("DATA.DATA_PATH", "DATA.DATASET", "DATA.CACHE_MODE", "DATA.NUM_WORKERS", "DATA.MAX_BAD_SHARE"),
     *("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_UPDATES"),
     *("TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_NONFINITE", "TRAIN.MAX_ROLLBACKS"),

@@ -1,7 +1,6 @@
 """Where a run starts: everything an update needs, built from the config or restored from a checkpoint."""
 
 import logging
-from pathlib import Path
 
 import torch
 from yacs.config import CfgNode as CN
@@ -16,7 +15,7 @@ from ssm_train.record.checkpoint import Checkpoint, Position
 from ssm_train.step.ema import Average
 from ssm_train.step.engine import Training
 from ssm_train.step.losses import build_criterion
-from ssm_train.step.model import build_model, count_parameters, freeze, start_from
+from ssm_train.step.model import Pretrained, build_model, count_parameters, freeze, start_from
 from ssm_train.step.optimizer import build_optimizer, decay_counts
 from ssm_train.step.parallel import shard, wrap
 from ssm_train.step.schedule import build_schedule, resolve_rates
@@ -68,11 +67,10 @@ def prepare(
     world: World,
     updates_per_epoch: int,
     checkpoint: Checkpoint | None = None,
-    pretrained: Path | None = None,
-    new_head: bool = False,
+    pretrained: Pretrained | None = None,
 ) -> Training:
     """Model, average, loss, optimizer and schedule. Raises UserError for weights of another model."""
-    run = world.together(lambda: _build(cfg, world, updates_per_epoch, checkpoint, pretrained, new_head))
+    run = world.together(lambda: _build(cfg, world, updates_per_epoch, checkpoint, pretrained))
     if world.size > 1 and cfg.PARALLEL == "fsdp":
         shard(run.network, world)
         if run.ema is not None:
@@ -92,13 +90,12 @@ def _build(
     world: World,
     updates_per_epoch: int,
     checkpoint: Checkpoint | None,
-    pretrained: Path | None,
-    new_head: bool,
+    pretrained: Pretrained | None,
 ) -> Training:
     seed_init(cfg.SEED)
     network = build_model(cfg)
     if checkpoint is None and pretrained is not None:
-        _log.info("weights from %s", start_from(network, cfg, pretrained, new_head))
+        _log.info("weights from %s", start_from(network, cfg, pretrained))
     freeze(network, cfg)
     memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format
     network.to(world.device, memory_format=memory_format)

@@ -36,7 +36,7 @@ from ssm_train.step.engine import Training, Update, take_update, training_loss
 from ssm_train.step.evaluate import Interrupted, validate
 from ssm_train.step.losses import mesa_starts
 from ssm_train.step.meter import Meter
-from ssm_train.step.model import set_train_mode
+from ssm_train.step.model import Pretrained, set_train_mode
 from ssm_train.step.parallel import exchange
 from ssm_train.step.state import collect, first_nonfinite, restore
 
@@ -47,9 +47,7 @@ class Beginning(NamedTuple):
     """What a run begins with: a checkpoint, or given weights, or none."""
 
     checkpoint: Checkpoint | None
-    pretrained: Path | None
-    new_head: bool
-    """The classifier of `pretrained` is left out."""
+    pretrained: Pretrained | None
     fresh: bool
     """What the run folder holds is set aside."""
     allow_changes: bool
@@ -76,7 +74,7 @@ def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning
     check_resumed(cfg, data, images_per_update(cfg, world), checkpoint, beginning.allow_changes)
     loader = world.together(lambda: train_loader(cfg, source, world))
     updates_per_epoch = loader.batch_sampler.updates_per_epoch
-    run = prepare(cfg, world, updates_per_epoch, checkpoint, beginning.pretrained, beginning.new_head)
+    run = prepare(cfg, world, updates_per_epoch, checkpoint, beginning.pretrained)
     val_loader = eval_loader(cfg, val_source, world)
     stop = StopRequest()
     with stop.listening(), contextlib.ExitStack() as stack:
@@ -233,7 +231,7 @@ class Trainer:
             for part in range(accumulation):
                 with meter.waiting():
                     batch = next(batches)
-                self.bad.add(batch.bad)
+                self.bad.add(batch.bad, batch.hopeless)
                 loss = self._micro_step(epoch, slot * accumulation + part, part + 1 == accumulation, batch)
                 meter.add(loss, len(batch.images))
                 steps.append(batch)

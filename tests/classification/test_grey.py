@@ -17,7 +17,7 @@ from ssm_train.config.load import load_config
 from ssm_train.data.build import scan_split
 from ssm_train.data.dataset import BadImage, load_image
 from ssm_train.data.transforms import eval_transform, train_transform
-from ssm_train.step.model import build_model, start_from
+from ssm_train.step.model import Pretrained, build_model, start_from
 
 GREY = ("MODEL.KWARGS.in_chans", 1)
 # every augmentation at once: the policies draw from all operations, the mixing pairs images
@@ -77,10 +77,12 @@ def test_without_a_range_they_are_unreadable_by_name(fails, cli, grey_tree, tmp_
     assert f"{grey_tree / 'train/cat/1.png'} ({reason}" in (tmp_path / "a/log.txt").read_text()
     arguments = ["--model", "vmamba_nano", "--device", "cpu", "--out", str(tmp_path / "p.png"), "--images"]
     assert predict.main([*arguments, str(grey_tree / "val")]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {grey_tree / 'val/cat/0.png'} cannot be read as an image: {reason}: say which values are black and "
-        "white by --range, e.g. 0,4095 for 12 bits\n"
+    *each, last = capsys.readouterr().err.splitlines()
+    assert len(each) == 15 and each[0] == (
+        f"{grey_tree / 'val/cat/0.png'} cannot be read as an image: {reason}: say which values are black and white by "
+        "--range, e.g. 0,4095 for 12 bits"
     )
+    assert last == f"error: none of the 15 images is readable, e.g. {each[0]}"
     assert predict.main([*arguments, str(grey_tree / "val"), "--range", "0", "4095"]) == 0
     assert predict.main([*arguments, str(grey_tree / "val"), "--range", "9", "9"]) == 2
     assert "--range 9 9: the first value must be below the second" in capsys.readouterr().err
@@ -128,17 +130,17 @@ def test_weights_for_rgb_start_a_grey_network(tiny_cfg, tmp_path):
         colour = timm.create_model(name, num_classes=3, **kwargs).eval()
         save_file(colour.state_dict(), tmp_path / "rgb.safetensors")
         grey = build_model(cfg).eval()
-        start_from(grey, cfg, tmp_path / "rgb.safetensors")
+        start_from(grey, cfg, Pretrained(tmp_path / "rgb.safetensors"))
         image = torch.randn(2, 1, 32, 32)
         torch.testing.assert_close(grey(image), colour(image.expand(-1, 3, -1, -1)))
         # weights of a grey network as they are
         save_file(grey.state_dict(), tmp_path / "grey.safetensors")
         other = build_model(cfg).eval()
-        start_from(other, cfg, tmp_path / "grey.safetensors")
+        start_from(other, cfg, Pretrained(tmp_path / "grey.safetensors"))
         assert torch.equal(other(image), grey(image))
     four = load_config(str(tmp_path / "grey.yaml"), ["MODEL.NUM_CLASSES", "4"])
     with pytest.raises(UserError, match=r"rgb.safetensors does not fit this VSSD.*head"):
-        start_from(build_model(four), four, tmp_path / "rgb.safetensors")
+        start_from(build_model(four), four, Pretrained(tmp_path / "rgb.safetensors"))
 
 
 def test_other_channels_are_refused_before_anything_is_read(fails, cli, tmp_path):

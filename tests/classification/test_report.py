@@ -213,7 +213,7 @@ def test_command_line(tmp_path, capsys):
     assert report.main([str(fill(tmp_path, ENTRIES))]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
     assert report.main([str(tmp_path / "none")]) == 2
-    assert "none/config.yaml does not exist" in capsys.readouterr().err
+    assert "none/config.yaml: No such file or directory" in capsys.readouterr().err
     (tmp_path / "log.jsonl").write_text("")
     assert report.main([str(tmp_path)]) == 2
     assert "holds no entries yet" in capsys.readouterr().err

@@ -552,6 +552,6 @@ def test_members_that_unpack_to_more_than_they_say(config, image_tree, tmp_path,
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
-    monkeypatch.setattr("ssm_train.data.sources.base._LARGEST_IMAGE_BYTES", 99)
+    monkeypatch.setattr("ssm_train.common.decode.LARGEST_IMAGE_BYTES", 99)
     assert "bytes are no image" in load_image(source, 21).reason
     assert "bytes are no image" in load_image(scan_split(config("folder", image_tree), "train"), 0).reason

@@ -197,6 +197,11 @@ WRONG = {
     "a reason that is none": changed(bad_images={"a.png": 3}),
     "an infinite time": lambda meta: {**meta, "progress": {**meta["progress"], "seconds": 1e400}},
     "a config of other keys": changed(config="NO: 1"),
+    "a config that is none": changed(config="- a\n- b"),
+    "a config with tags": changed(config="!!python/object/apply:os.system ['true']"),
+    "a config that unfolds": changed(
+        config="".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 1}]\n" for n in range(12))
+    ),
     "data of another kind": changed(data={"train": {}, "val": {}}),
 }
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_MOST_VALUES = 1 << 28  # of a table, before and after: a gigabyte of float32
+
 
 def class_token_rows(mode: str, patches: int) -> tuple[int, ...]:
     """Places of the class tokens in a sequence of `patches` patches and them: "none", "head", "middle", "tail" or
@@ -64,6 +66,12 @@ def resize_pos_embed(
     Returns:
         (1, new h * new w + number of new rows, C).
     """
+    if (
+        pos_embed.ndim != 3
+        or pos_embed.numel() > _MOST_VALUES
+        or math.prod(new_grid) * pos_embed.shape[2] > _MOST_VALUES
+    ):
+        raise ValueError(f"pos_embed of shape {tuple(pos_embed.shape)} is not brought to a grid of {tuple(new_grid)}")
     patches, tokens = split_rows(pos_embed, old_rows)
     if patches.shape[1] != old_grid[0] * old_grid[1]:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Every command of the repository ends the same way: a mistake of the user is one line on stderr and exit status 2."""
 
+import io
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +21,12 @@ _OURS = ("ssm_ops", "ssm_models", "ssm_train", "ssm_mm", "detection", "segmentat
 
 def run(command: Callable[[], None]) -> int:
     """Run a command; returns its exit status: 0, also where it was asked to stop and saved; 130 after Ctrl-C that saved
-    nothing; or 2 after the one line of a UserError or of a full disk. Of several processes, one a machine speaks."""
+    nothing; or 2 after the one line of a UserError, or of a file that cannot be written or read. Of several processes,
+    one a machine speaks."""
+    for stream in (sys.stdout, sys.stderr):
+        # a name that the terminal's encoding does not have must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         check_checkout()
         command()
@@ -35,9 +42,13 @@ def run(command: Callable[[], None]) -> int:
         # one that was raised in a loader's worker arrives with that worker's traceback in front
         message = str(error).rpartition(f"{UserError.__name__}: ")[2]
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            message = disk_full_message(error)
+        elif error.filename is not None:
+            # an output that cannot be written, mostly: a folder in its place, or one that is not ours
+            message = str(UserError(f"{os.fsdecode(error.filename)}: {error.strerror}; choose another path"))
+        else:
             raise
-        message = disk_full_message(error)
     else:
         return 0
     if is_local_main():

@@ -35,6 +35,12 @@ UNREADABLE = (
     Image.DecompressionBombWarning,
 )
 
+# An image that is much longer than wide becomes enormous when its shorter side is brought to a model's size: one of
+# 1 x 20000 pixels would take 5 GB at 224. Panoramas reach about 20.
+LARGEST_RATIO = 50
+LARGEST_IMAGE_BYTES = 2**28  # encoded: reading or unpacking more could fill the memory
+LARGEST_PIXELS = 89_478_485  # a quarter of a gigabyte in RGB; Pillow's limit
+
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
@@ -55,7 +61,8 @@ class Decoder(NamedTuple):
         """The image in 8 bits. Alpha and palette transparency are dropped, nothing is rotated; of more than 8 bits,
         values are scaled as float64, (value - low) / (high - low), clipped to 0..1 and rounded to 8 bits.
 
-        Raises one of UNREADABLE, also above Pillow's limit of pixels.
+        Raises one of UNREADABLE, also for more than LARGEST_PIXELS and for sides of more than LARGEST_RATIO to 1, by
+        the header, before anything is decoded.
         """
         with warnings.catch_warnings():
             # Pillow warns of odd metadata, of transparency and, before its limit is doubled, of too many pixels
@@ -63,6 +70,7 @@ class Decoder(NamedTuple):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
                 with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                    _check_shape(*image.size)
                     kind = _kind(image)
                     return self.converted(self._scaled(image, data, kind) if kind else image)
             except UnidentifiedImageError:
@@ -95,6 +103,35 @@ class Decoder(NamedTuple):
         if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             shares = 1 - shares
         return Image.fromarray(np.round(255 * shares).astype(np.uint8))
+
+
+def check_size(size: int) -> None:
+    """ValueError for a size in bytes that no encoded image has."""
+    if not 0 <= size <= LARGEST_IMAGE_BYTES:
+        what = "what is no regular file is" if size < 0 else f"{size} bytes are"
+        raise ValueError(f"{what} no image: at most {LARGEST_IMAGE_BYTES} bytes are read")
+
+
+def check_header(data: bytes) -> None:
+    """ValueError for an image that is too large, or much too long, to be decoded. Nothing is said of what is no image:
+    other readers know formats that this one does not."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                size = image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    except (*UNREADABLE, *_ASTRAY):
+        return
+    _check_shape(*size)
+
+
+def _check_shape(width: int, height: int) -> None:
+    if width * height > LARGEST_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than {LARGEST_PIXELS}, which could be a decompression bomb")
+    if max(width, height) > LARGEST_RATIO * min(width, height):
+        raise ValueError(f"{width}x{height} pixels: its sides are more than {LARGEST_RATIO} to 1")
 
 
 def deep_kind(data: bytes) -> str:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ import torch.distributed as dist
 
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import disk_full_message, is_disk_full
+from ssm_train.common.meeting import store_of_this_start
 from ssm_train.common.preemption import Preempted
 
 _SETTLING_SECONDS = 0.5
+
+# of gloo's messages
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo/transport")
 
 
 @dataclass(frozen=True)
@@ -102,12 +107,13 @@ def restarts() -> int:
 
 
 @contextlib.contextmanager
-def joined_world(device_name: str, memory_share: float = 0.0) -> Iterator[World]:
+def joined_world(device_name: str, memory_share: float = 0.0, timeout: int = 600) -> Iterator[World]:
     """Join the processes of the launcher, if there is one: torchrun and torch.distributed.launch set the environment.
 
     `device_name` is "cpu", "cuda" or "" (CUDA where there is one); `memory_share`, if not 0, is the most of the GPU's
-    memory that this process may take. LOCAL_RANK is the device index: the global rank is
-    not, as soon as there are two machines. gloo connects CPU processes, nccl GPU processes.
+    memory that this process may take; `timeout` is how many seconds processes wait for each other. LOCAL_RANK is the
+    device index: the global rank is not, as soon as there are two machines. gloo connects CPU processes, nccl GPU
+    processes. Raises UserError where another process has died or cannot be reached.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     use_cuda = device_name == "cuda" or (not device_name and torch.cuda.is_available())
@@ -119,29 +125,33 @@ def joined_world(device_name: str, memory_share: float = 0.0) -> Iterator[World]
             torch.cuda.set_per_process_memory_fraction(memory_share, device)
         # batches of one size: let cuDNN measure its algorithms once
         torch.backends.cudnn.benchmark = True
-    if size > 1:
-        store = _store_of_this_start(rank, size)
-        backend, device_id = ("nccl", device) if use_cuda else ("gloo", None)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
     try:
-        yield World(rank, size, device)
-    except (UserError, Preempted):
-        # raised on all ranks alike, so none is left in the middle of an exchange; after any other error one may be
+        if size > 1:
+            limit = timedelta(seconds=timeout)
+            store = store_of_this_start(rank, size, limit)
+            backend, device_id = ("nccl", device) if use_cuda else ("gloo", None)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, device_id=device_id, timeout=limit
+            )
+        try:
+            yield World(rank, size, device)
+        except (UserError, Preempted):
+            # raised on all ranks alike, so none is left in the middle of an exchange; after any other error one may be
+            _leave(size)
+            raise
         _leave(size)
-        raise
-    _leave(size)
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        raise UserError(
+            f"process {rank} lost another process of this run, or waited {timeout} s (TIMEOUT) for it: see what became "
+            f"of the others, and continue with --resume auto ({str(error).strip().splitlines()[0]:.150})"
+        ) from error
 
 
-def _store_of_this_start(rank: int, size: int) -> dist.Store:
-    """Where the processes find each other, apart from what a killed attempt left there.
-
-    torchrun --max-restarts without --standalone keeps one store for all attempts, in which new processes would find the
-    addresses of dead ones and wait for them. On one machine all processes know the same number of restarts.
-    """
-    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        return dist.PrefixStore(f"restart_{restarts()}", store)
-    return store
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether the error says that another process is gone: gloo has no exception of its own, but words."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
 
 
 def _leave(size: int) -> None:

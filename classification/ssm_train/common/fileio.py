@@ -35,16 +35,16 @@ def disk_full_message(error: OSError) -> str:
     return f"no room left to write {where} ({error.strerror}): free some space and continue with --resume auto"
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read, if it is one: no link, and no device or pipe, whose reading might never end. Raises OSError,
-    whose strerror says what it is instead."""
-    if path.is_symlink():
+def open_regular(path: str | Path, follow: bool = False, buffering: int = -1) -> BinaryIO:
+    """Open a file to read, if it is one: no device or pipe, whose reading might never end, nor a link, unless they are
+    to be followed. Raises OSError, whose strerror says what it is instead."""
+    if not follow and os.path.islink(path):
         raise OSError(errno.ELOOP, "a link, not a file", str(path))
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(handle, "rb")
+    return os.fdopen(handle, "rb", buffering=buffering)
 
 
 def to_json(value: Any, **layout: Any) -> str:
@@ -82,7 +82,8 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace the file `path` by `text`: readers see the old or the new content, never a part of it."""
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
     try:
-        write_synced(aside, text.encode())
+        # names of files may be no UTF-8
+        write_synced(aside, text.encode(errors="backslashreplace"))
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)

@@ -98,6 +98,7 @@ def default_config() -> CN:
     cfg.CHANNELS_LAST = False
     cfg.PARALLEL = "ddp"  # several processes: every one has the model (ddp), or a share of it (fsdp)
     cfg.MEMORY_SHARE = 0.0  # most GPU memory a process may take, as a share; 0 for no limit
+    cfg.TIMEOUT = 600  # seconds that processes wait for each other
     cfg.DEVICE = ""  # cpu, cuda, or "" for CUDA where there is one
     cfg.OUTPUT = "output"
     cfg.TAG = ""
@@ -147,6 +148,7 @@ def replaced(cfg: CN, values: dict[str, Any]) -> CN:
 
 
 _AT_LEAST_1 = (
+    "TIMEOUT",
     "DATA.BATCH_SIZE",
     "DATA.IMG_SIZE",
     "DATA.REPEATS",

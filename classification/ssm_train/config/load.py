@@ -6,15 +6,17 @@ MODEL.KWARGS takes any key: it is passed to `timm.create_model` as it is.
 
 import ast
 import difflib
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode as CN
 
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import OPEN, check_config, default_config, lookup
+from ssm_train.config.yaml_text import parse_yaml, read_yaml
 
 # command-line flag -> config key; a flag that was not given is None and leaves the key alone, so 0 and "" do apply
 FLAG_KEYS = {
@@ -35,6 +37,10 @@ FLAG_KEYS = {
     "channels_last": "CHANNELS_LAST",
     "device": "DEVICE",
 }
+
+
+_LONGEST_CHAIN = 20
+_LARGEST = 1 << 63
 
 
 def load_config(path: str, opts: list[str] | None = None, flags: dict[str, Any] | None = None) -> CN:
@@ -58,36 +64,41 @@ def load_config(path: str, opts: list[str] | None = None, flags: dict[str, Any] 
 
 
 def parse_config(text: str) -> CN:
-    """The inverse of `cfg.dump()`: the config of a checkpoint or of a run's config.yaml."""
+    """The inverse of `cfg.dump()`: the config of a checkpoint or of a run's config.yaml. UserError for other text."""
     cfg = default_config()
-    _merge_mapping(cfg, yaml.safe_load(text), prefix="", source="saved config")
+    content = parse_yaml(text, "saved config")
+    if not isinstance(content, dict):
+        raise UserError(f"saved config must be a mapping of keys to values, not a {type(content).__name__}")
+    _merge_mapping(cfg, content, prefix="", source="saved config")
     check_config(cfg)
     cfg.freeze()
     return cfg
 
 
 def _merge_file(cfg: CN, path: Path, chain: tuple[Path, ...]) -> None:
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # which names loops of links, too
     if path in chain:
         raise UserError(f"{path}: BASE leads back to this file; remove one of the BASE entries")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}; give an existing YAML file to --cfg") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {error}") from error
+    if len(chain) == _LONGEST_CHAIN:
+        raise UserError(f"{path}: more than {_LONGEST_CHAIN} files lead to this one by BASE; shorten the chain")
+    content = read_yaml(path)
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise UserError(f"config {path} must be a mapping of keys to values, not a {type(content).__name__}")
     bases = content.pop("BASE", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge_file(cfg, path.parent / str(base), chain=(*chain, path))
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"config {path}: BASE is {bases!r:.80}, but must be the name of a file, or a list of names")
+    for base in bases:
+        _merge_file(cfg, path.parent / base, chain=(*chain, path))
     _merge_mapping(cfg, content, prefix="", source=str(path))
 
 
 def _merge_mapping(cfg: CN, mapping: dict[str, Any], prefix: str, source: str) -> None:
     for name, value in mapping.items():
+        if not isinstance(name, str):
+            raise UserError(f"{source}: config key {prefix}{name!r:.80} is a {type(name).__name__}, not a name")
         key = f"{prefix}{name}"
         if isinstance(lookup(cfg, key), CN) and isinstance(value, dict):
             _merge_mapping(cfg, value, prefix=f"{key}.", source=source)
@@ -125,17 +136,19 @@ def _convert(value: Any, old: Any, known: bool, key: str, source: str) -> Any:
         return CN(value) if isinstance(value, dict) else value
     if key in OPEN:
         if value is not None and type(value) is not int:
-            raise UserError(f"{source}: {key} must be of type int, or None, not {value!r}")
+            raise UserError(f"{source}: {key} must be of type int, or None, not {value!r:.80}")
         return value
-    if isinstance(old, float) and type(value) is int:
+    if isinstance(old, float) and type(value) is int and abs(value) < _LARGEST:
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{source}: {key} is {value}, but must be a finite number")
     if isinstance(old, list) and isinstance(value, tuple):
         return list(value)
     if old is None and isinstance(value, list | tuple | None):
         return value if value is None else list(value)
     if type(value) is not type(old):
         wanted = "list" if old is None else type(old).__name__
-        raise UserError(f"{source}: {key} must be of type {wanted}, not {value!r}")
+        raise UserError(f"{source}: {key} must be of type {wanted}, not {value!r:.80}")
     return value
 
 
@@ -145,7 +158,7 @@ def _literal(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the latter two: brackets in brackets
         return text
 
 

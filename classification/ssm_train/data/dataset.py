@@ -2,12 +2,13 @@
 
 import logging
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ssm_models.printable import printable
 from ssm_train.common.decode import UNREADABLE
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
@@ -18,6 +19,9 @@ from ssm_train.data.transforms import Transform
 
 _log = logging.getLogger(__name__)
 
+_MOST_TRIES, _NEIGHBOURS = 64, 32  # reads in the place of an unreadable image
+_MOST_NAMED = 50  # unreadable images that the log names
+
 
 class BadImage(NamedTuple):
     path: str
@@ -25,12 +29,14 @@ class BadImage(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """`image` (C, S, S) fp32, None for an unreadable validation image; `bad` names what could not be read."""
+    """`image` (C, S, S) fp32, None for an unreadable validation image; `bad` names what could not be read; `hopeless`
+    says that nothing was found in its place."""
 
     image: torch.Tensor | None
     target: int
     bad: list[BadImage]
     key: Key
+    hopeless: bool = False
 
 
 class Batch(NamedTuple):
@@ -38,35 +44,35 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # (B,) int64
     bad: list[BadImage]
     keys: list[Key]  # B, of what was asked for; a replaced training image keeps the key of the bad one
+    hopeless: bool  # one of the training images could not be replaced
 
 
 class TrainImages(Dataset[Sample]):
     """Training images addressed by keys, augmented by a stream seeded by (seed, key).
 
     An unreadable image is replaced by the next readable one, with its own label. After more failures in a row than
-    `max_bad_share` of the images allows, the sample is a black image: the run is about to be stopped by `BadImages`, on
-    all ranks at the same step.
+    `max_bad_share` of the images allows, and than _MOST_TRIES, the last of which look all over the data, the sample is
+    a black image and `hopeless`: the run is about to be stopped by `BadImages`, on all ranks at the same step.
     """
 
     def __init__(self, source: ImageSource, transform: Transform, *, seed: int, max_bad_share: float) -> None:
         self._source, self._transform, self._seed = source, transform, seed
-        self._tries = allowed_bad(max_bad_share, len(source)) + 1
+        self._tries = min(allowed_bad(max_bad_share, len(source)) + 1, _MOST_TRIES)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, key: Key) -> Sample:
         bad: list[BadImage] = []
-        image, index = self._source.decoder.converted(Image.new("RGB", (1, 1))), key.index
-        for offset in range(self._tries):
-            index = (key.index + offset) % len(self._source)
-            loaded = load_image(self._source, index)
-            if not isinstance(loaded, BadImage):
-                image = loaded
-                break
-            bad.append(loaded)
-        seed_sample(self._seed, *key)
-        return Sample(self._transform(image), int(self._source.targets[index]), bad, key)
+        for attempt in range(self._tries):
+            index = (key.index + _offset(attempt, len(self._source))) % len(self._source)
+            seed_sample(self._seed, *key)
+            image = load_image(self._source, index, self._transform)
+            if not isinstance(image, BadImage):
+                return Sample(image, int(self._source.targets[index]), bad, key)
+            bad.append(image)
+        black = self._transform(self._source.decoder.converted(Image.new("RGB", (1, 1))))
+        return Sample(black, int(self._source.targets[key.index]), bad, key, hopeless=True)
 
 
 class EvalImages(Dataset[Sample]):
@@ -79,18 +85,25 @@ class EvalImages(Dataset[Sample]):
         return len(self._source)
 
     def __getitem__(self, key: Key) -> Sample:
-        loaded, target = load_image(self._source, key.index), int(self._source.targets[key.index])
-        if isinstance(loaded, BadImage):
-            return Sample(None, target, [loaded], key)
-        return Sample(self._transform(loaded), target, [], key)
+        image = load_image(self._source, key.index, self._transform)
+        target = int(self._source.targets[key.index])
+        if isinstance(image, BadImage):
+            return Sample(None, target, [image], key)
+        return Sample(image, target, [], key)
 
 
-def load_image(source: ImageSource, index: int) -> Image.Image | BadImage:
-    """The decoded image, or why it cannot be had."""
+def _offset(attempt: int, total: int) -> int:
+    """Where to look in the place of an unreadable image: at its neighbours, then far away, for they may all be bad."""
+    return attempt if attempt < _NEIGHBOURS else attempt * max(total // _MOST_TRIES, 1) + attempt
+
+
+def load_image(source: ImageSource, index: int, transform: Transform = lambda image: image) -> Any:
+    """The transformed image, or why it cannot be had, as a BadImage."""
     try:
-        return source.decode(source.read(index))
+        return transform(source.decode(source.read(index)))
     except UNREADABLE as error:
-        return BadImage(source.name(index), " ".join(str(error).split()) or type(error).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return BadImage(printable(source.name(index)), printable(reason))
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -98,7 +111,8 @@ def collate(samples: list[Sample]) -> Batch:
     readable = [sample for sample in samples if sample.image is not None]
     images = torch.stack([sample.image for sample in readable]) if readable else torch.empty(0)
     targets = torch.tensor([sample.target for sample in readable], dtype=torch.int64)
-    return Batch(images, targets, [bad for sample in samples for bad in sample.bad], [s.key for s in readable])
+    bad = [each for sample in samples for each in sample.bad]
+    return Batch(images, targets, bad, [s.key for s in readable], any(s.hopeless for s in samples))
 
 
 def allowed_bad(share: float, total: int) -> int:
@@ -118,6 +132,7 @@ class BadImages:
         self._world, self._total, self._max_share = world, total, max_share
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
+        self._hopeless = False
 
     @property
     def count(self) -> int:
@@ -136,9 +151,10 @@ class BadImages:
         """Continue from `state`; what it names is counted, but not logged again."""
         self._known, self._new = dict(state), {}
 
-    def add(self, bad: list[BadImage]) -> None:
+    def add(self, bad: list[BadImage], hopeless: bool = False) -> None:
         """Remember what a batch of this rank reported."""
         self._new.update((entry.path, entry.reason) for entry in bad if entry.path not in self._known)
+        self._hopeless |= hopeless
 
     def share(self) -> None:
         """Exchange the news between the ranks. All ranks must call it, also before a checkpoint takes the state.
@@ -146,22 +162,28 @@ class BadImages:
         Raises UserError on all ranks above the limit, or when nothing readable is left.
         """
         news: dict[str, str] = {}
-        if self._world.sum([len(self._new)])[0]:
+        found, hopeless = self._world.sum([len(self._new), self._hopeless])
+        if found:
             for part in self._world.gather(self._new):
                 news.update(part)
         self._new = {}
         action = "left out of the metrics" if self._max_share is None else "replaced by the next readable one"
-        for path in sorted(news.keys() - self._known.keys()):
+        fresh = sorted(news.keys() - self._known.keys())
+        named = max(_MOST_NAMED - len(self._known), 0)
+        for path in fresh[:named]:
             _log.warning("unreadable image, %s: %s (%s)", action, path, news[path])
+        if len(self._known) <= _MOST_NAMED < len(self._known) + len(fresh):
+            _log.warning("more than %d images are unreadable; the others are not named here", _MOST_NAMED)
         self._known |= news
         if self._max_share is None:
             return
         allowed = allowed_bad(self._max_share, self._total)
-        if self.count > allowed:
+        if self.count > allowed or hopeless:
             (first, reason), *others = self.entries()[:3]
             raise UserError(
-                f"{self.count} of {self._total} training images are unreadable ({self.count / self._total:.2%}), but "
-                f"DATA.MAX_BAD_SHARE {self._max_share:g} allows {allowed} of {self._total}: "
+                f"{self.count} of {self._total} training images are unreadable ({self.count / self._total:.2%}), "
+                + ("and all that were tried in the place of one: " if hopeless else "but ")
+                + f"DATA.MAX_BAD_SHARE {self._max_share:g} allows {allowed} of {self._total}: "
                 f"{', '.join([first, *(other.path for other in others)])}, ...; the first one: {reason}; repair or "
                 "delete them, or raise the share"
             )

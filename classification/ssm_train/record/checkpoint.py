@@ -85,6 +85,13 @@ class Checkpoint:
         """The file to start from: the plain or the averaged weights, whichever validated better when it was written."""
         return self.folder / f"{self.meta['weights']}.safetensors"
 
+    def file_of(self, which: str) -> Path:
+        """The file of the plain ("model") or the averaged weights ("ema"), or `weights_file` for "auto". UserError
+        where there are no averaged ones."""
+        if which == "ema" and not self.has_ema:
+            raise UserError(f"{self.folder} has no averaged weights: use --which model")
+        return {"auto": self.weights_file, "model": self.folder / MODEL, "ema": self.folder / MODEL_EMA}[which]
+
     def weights(self, name: str, model: nn.Module) -> Weights:
         """The tensors of file `name` (MODEL or MODEL_EMA); UserError names the keys in which `model` differs."""
         try:

@@ -88,7 +88,7 @@ class RunLog(contextlib.AbstractContextManager):
         """Write log.txt into `folder`, appending to an earlier one."""
         if not self._active:
             return
-        file = _FileHandler(folder / "log.txt")
+        file = _FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._early.setTarget(file)
         self._early.flush()

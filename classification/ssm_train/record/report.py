@@ -12,12 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ssm_train.common import command as command_line
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import write_atomic
 from ssm_train.config.defaults import default_config
+from ssm_train.config.yaml_text import parse_yaml, read_yaml
 from ssm_train.record.curves import read_curves, save_curves
 from ssm_train.record.results import Record, Results, better_weights
 from ssm_train.record.series import Entry, read_entries, train_means
@@ -32,9 +31,9 @@ def write_report(folder: Path) -> Path:
     """Write report.md and curves.png into the run folder; returns the path of the former.
 
     Reads config.yaml and log.jsonl, and where they exist metrics.json, bad_images.json and nonfinite/*.json. Raises
-    FileNotFoundError without the first two, ValueError while the log has no entries.
+    UserError and FileNotFoundError without the first two, ValueError while the log has no entries.
     """
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = read_yaml(folder / "config.yaml")
     entries = read_entries(folder / "log.jsonl")
     if not entries:
         raise ValueError(f"{folder / 'log.jsonl'} holds no entries yet")
@@ -145,7 +144,7 @@ def _setup(config: Mapping[str, Any], entries: Sequence[Entry], metrics: Mapping
 
 
 def _differences(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    values, defaults = dict(_flat(config)), dict(_flat(yaml.safe_load(default_config().dump())))
+    values, defaults = dict(_flat(config)), dict(_flat(parse_yaml(default_config().dump(), "defaults")))
     differing = [key for key in values if key not in _PLACES and values[key] != defaults.get(key)]
     return [(f"`{key}`", f"`{values[key]!r}`", f"`{defaults[key]!r}`" if key in defaults else "") for key in differing]
 

@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 from timm.models._manipulate import adapt_input_conv, group_with_matcher
@@ -50,47 +51,60 @@ def build_model(cfg: CN) -> nn.Module:
     return model
 
 
-def load_pretrained(model: nn.Module, path: Path, new_head: bool = False, option: str = "--pretrained") -> Path:
-    """Load weights strictly from a checkpoint folder of ours (the better validated ones), a .safetensors file, an
-    official .pth file, or by a name of the table of published weights; with `new_head` all but the classifier, for
-    other classes. Returns the file or name. UserError says what is wrong with the value of `option`, naming the first
-    differing keys."""
+class Pretrained(NamedTuple):
+    """Weights to start from: a checkpoint folder of ours, a .safetensors file, an official .pth file, or a name of the
+    table of published weights."""
+
+    path: Path
+    which: str = "auto"
+    """"model" or "ema"; "auto" takes the set that validated better, of a name the one it is published for."""
+    new_head: bool = False
+    """All but the classifier, for other classes."""
+    allow_nonfinite: bool = False
+
+
+def load_pretrained(model: nn.Module, weights: Pretrained, option: str = "--pretrained") -> Path:
+    """Load weights strictly. Returns the file or name. UserError says what is wrong with the value of `option`, naming
+    the first differing keys."""
+    path, which = weights.path, weights.which
     if (path / META).is_file():
-        path = read_checkpoint(path).weights_file
+        path, which = read_checkpoint(path).file_of(which), "auto"
     if is_path(path) and not path.is_file():
         raise UserError(
             f"{option} {path} is neither a checkpoint folder nor a file; give a .safetensors or .pth, or a name that "
             "`python -m ssm_models` lists"
         )
     try:
-        ssm_models.load_checkpoint(model, path, which="auto", new_head=new_head)
+        ssm_models.load_checkpoint(
+            model, path, which=which, new_head=weights.new_head, allow_nonfinite=weights.allow_nonfinite
+        )
     except ssm_models.CheckpointError as error:
         message, _, hint = str(error).partition("; new_head=True keeps")
         if hint and option == "--pretrained":
             message += f"; --new-head keeps{hint}"
-        raise UserError(message) from error
+        raise UserError(message.replace("allow_nonfinite=True takes", "--allow-nonfinite takes")) from error
     return path
 
 
-def start_from(model: nn.Module, cfg: CN, path: Path, new_head: bool = False) -> Path:
+def start_from(model: nn.Module, cfg: CN, weights: Pretrained) -> Path:
     """`load_pretrained`; a grey network takes the weights of one for RGB, too, with the filters of its first layer
     summed over the colours: for a grey image in RGB they give the same (timm's rule)."""
     try:
-        return load_pretrained(model, path, new_head)
+        return load_pretrained(model, weights)
     except UserError as error:
         if channels(cfg) == 3:
             raise
         colour = build_model(replaced(cfg, {"MODEL.KWARGS.in_chans": 3}))
         try:
-            file = load_pretrained(colour, path, new_head)
+            file = load_pretrained(colour, weights)
         except UserError:
             raise error from None
     own = model.state_dict()
-    weights = {
+    summed = {
         name: value if value.shape == own[name].shape else adapt_input_conv(channels(cfg), value)
         for name, value in colour.state_dict().items()
     }
-    model.load_state_dict(weights)
+    model.load_state_dict(summed)
     return file
 
 

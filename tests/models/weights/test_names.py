@@ -9,7 +9,7 @@ import torch
 from analyze import inputs
 from ssm_mm import checkpoints
 from ssm_train.common.errors import UserError
-from ssm_train.step.model import load_pretrained
+from ssm_train.step.model import Pretrained, load_pretrained
 
 NAME = Path("vssd_nano.test")
 
@@ -18,11 +18,11 @@ def test_the_trainer(publish, contents):
     """`main.py --pretrained NAME` takes the set of weights that the table names."""
     publish("vssd_nano", entry="ema")
     model = timm.create_model("vssd_nano")
-    load_pretrained(model, NAME)
+    load_pretrained(model, Pretrained(NAME))
     expected = contents["vssd_nano"]["model_ema"]
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     with pytest.raises(UserError, match="vssd_nanno.test is neither a file nor the name of published weights"):
-        load_pretrained(model, Path("vssd_nanno.test"))
+        load_pretrained(model, Pretrained(Path("vssd_nanno.test")))
 
 
 def test_the_analyses(publish, contents):

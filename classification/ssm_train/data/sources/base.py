@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssm_train.common.decode import Decoder
+from ssm_train.common.decode import Decoder, check_size
 from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import open_regular
 
 # a larger label is a mistake, and no reason for a classifier of its size
 _MOST_CLASSES = 1_000_000
-# an encoded image above this is a bad image: reading or unpacking it could fill the memory
-_LARGEST_IMAGE_BYTES = 2**28
 _SHARD_OF = re.compile(r"^(.*)-(\d+)-of-(\d+)(\..*)$")
 
 
@@ -75,7 +74,7 @@ def read_range(path: str | Path, offset: int = 0, size: int | None = None) -> by
     Opens it anew: ten microseconds, against handles that forked workers would share or that would have to be reopened
     and closed in each. Raises OSError, and ValueError for a file that ends too early and for what cannot be an image.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path, follow=True, buffering=0) as file:
         size = os.fstat(file.fileno()).st_size - offset if size is None else size
         check_size(size)
         file.seek(offset)
@@ -83,12 +82,6 @@ def read_range(path: str | Path, offset: int = 0, size: int | None = None) -> by
     if len(data) != size:
         raise ValueError(f"the file ends after {offset + len(data)} bytes, but the image goes on to {offset + size}")
     return data
-
-
-def check_size(size: int) -> None:
-    """ValueError for a size in bytes that no encoded image has."""
-    if not 0 <= size <= _LARGEST_IMAGE_BYTES:
-        raise ValueError(f"{size} bytes are no image: at most {_LARGEST_IMAGE_BYTES} are read")
 
 
 def check_member(name: str, archive: Path) -> None:

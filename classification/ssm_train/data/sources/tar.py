@@ -10,6 +10,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import open_regular
 from ssm_train.data.sources.base import (
     ImageSource,
     PackedNames,
@@ -104,7 +105,7 @@ def _walk(path: Path, number: int, images: list[_Image], labels: dict[tuple[int,
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of the files in an archive. Raises UserError for anything but plain files and folders."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, follow=True) as file:
             start = file.read(8)
             for magic, tool in _COMPRESSED.items():
                 if start.startswith(magic):

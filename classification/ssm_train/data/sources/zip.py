@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import open_regular
 from ssm_train.data.sources.base import (
     ImageSource,
     PackedNames,
@@ -54,7 +55,7 @@ class ZipSource(ImageSource):
     def read(self, index: int) -> bytes:
         offset, packed, size, checksum, method = self._where[index].tolist()
         check_size(max(packed, size))
-        with open(self.root, "rb") as file:
+        with open_regular(self.root, follow=True) as file:
             file.seek(offset)
             header = file.read(_LOCAL_HEADER.size)
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
@@ -73,7 +74,7 @@ class ZipSource(ImageSource):
 def _members(archive: Path) -> dict[str, tuple[int, int, int, int, int]]:
     """path -> (offset of its header, packed size, size, CRC-32, compression method). Raises UserError."""
     try:
-        with zipfile.ZipFile(archive) as file:
+        with open_regular(archive, follow=True) as raw, zipfile.ZipFile(raw) as file:
             entries = file.infolist()
     except _DAMAGED as error:
         raise UserError(f"{archive} is damaged or no zip archive ({error}): download or make it again") from error
