@@ -141,10 +141,11 @@ def repacked(data: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_random_damage(tmp_path):
-    draw = random.Random(0)
+@pytest.mark.parametrize("seed, files", [(0, FILES), pytest.param(1, 5000, marks=pytest.mark.full)])
+def test_random_damage(tmp_path, seed, files):
+    draw = random.Random(seed)
     outcomes = {True: 0, False: 0}
-    for number in range(FILES):
+    for number in range(files):
         name = draw.choice(list(BASES))
         zipped = BASES[name].startswith(b"PK")
         inside = zipped and draw.random() < 0.6
@@ -155,7 +156,7 @@ def test_random_damage(tmp_path):
             # checksums: what is read of a zip file is what was saved
             assert got.keys() == WEIGHTS.keys(), number
             assert all(torch.equal(value, WEIGHTS[key]) for key, value in got.items()), number
-    assert outcomes[False] > FILES // 2 and outcomes[True] > FILES // 30
+    assert outcomes[False] > files // 2 and outcomes[True] > files // 30
 
 
 # ---- on purpose ----
