@@ -356,7 +356,7 @@ class Trainer:
 
     def _check_folder(self) -> None:
         """Save and stop where the run folder is no longer under its name. All ranks must call it."""
-        if self.world.on_main(lambda: not self.lock.holds()):
+        if self.world.on_main(lambda: self.lock is not None and not self.lock.holds()):
             self._save()
 
     def _save(self) -> None:

@@ -26,7 +26,7 @@ def read_yaml(path: Path, what: str = "config") -> Any:
             data = file.read(_MOST_BYTES + 1)
         text = data.decode()
     except OSError as error:
-        raise UserError(f"cannot read {what} {path}: {error.strerror}; give an existing YAML file") from error
+        raise UserError(f"cannot read {what} {path}: {error.strerror}; give an existing YAML file (--cfg)") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not valid YAML: {error}") from error
     return parse_yaml(text, f"{what} {path}")

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # (B,) int64
     bad: list[BadImage]
     keys: list[Key]  # B, of what was asked for; a replaced training image keeps the key of the bad one
-    hopeless: bool  # one of the training images could not be replaced
+    hopeless: bool = False  # one of the training images could not be replaced
 
 
 class TrainImages(Dataset[Sample]):
