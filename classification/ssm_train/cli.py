@@ -21,7 +21,6 @@ from typing import NoReturn
 import torch
 from yacs.config import CfgNode as CN
 
-from ssm_models.printable import printable
 from ssm_train.common import command
 from ssm_train.common.distributed import World, joined_world, restarts
 from ssm_train.common.errors import UserError
@@ -150,8 +149,10 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
         report_training_cost(settled_alone(cfg, world), world)
         return
     folder = Path(cfg.OUTPUT) / cfg.TAG
-    if printable(str(folder)) != str(folder):
-        raise UserError(f"run folder {folder}: what is written there needs a name in printable UTF-8; choose another")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"run folder {folder}: TensorBoard needs a name in UTF-8; choose another") from error
     if not args.eval and not args.resume and not args.fresh:
         world.on_main(lambda: refuse_existing_run(folder))
     checkpoint = world.on_main(lambda: find_checkpoint(args, cfg, folder)) if args.resume else None

@@ -19,8 +19,8 @@ _log = logging.getLogger(__name__)
 # Options that change no result, or but by the rounding of another device: where things are, how they are shown, kept
 # and computed, when a run gives up. The batch counts by the images per update; the data by what is in them.
 _FREE = {
-    *("OUTPUT", "TAG", "PRINT_FREQ", "WANDB", "DEVICE", "COMPILE", "CHANNELS_LAST", "PARALLEL", "MEMORY_SHARE"),
-    "TIMEOUT",
+    *("OUTPUT", "TAG", "PRINT_FREQ", "WANDB", "DEVICE", "COMPILE", "CHANNELS_LAST", "PARALLEL"),
+    *("MEMORY_SHARE", "TIMEOUT"),
     *("DATA.DATA_PATH", "DATA.DATASET", "DATA.CACHE_MODE", "DATA.NUM_WORKERS", "DATA.MAX_BAD_SHARE"),
     *("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_UPDATES"),
     *("TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_NONFINITE", "TRAIN.MAX_ROLLBACKS"),
@@ -40,8 +40,8 @@ def fingerprint(source: ImageSource, root: Path) -> dict[str, int | str]:
     folder = f"{root}/"
     names, labels = hashlib.sha256(source.targets.tobytes()), source.targets
     for index in range(len(labels)):
-        names.update(source.name(index).removeprefix(folder).encode("utf-8", "surrogateescape") + b"\0")
-    classes = hashlib.sha256("\0".join(source.classes).encode("utf-8", "surrogateescape"))
+        names.update(source.name(index).removeprefix(folder).encode("utf-8", "backslashreplace") + b"\0")
+    classes = hashlib.sha256("\0".join(source.classes).encode("utf-8", "backslashreplace"))
     return {
         "images": len(labels),
         "classes": len(source.classes),

@@ -46,6 +46,14 @@ def test_run_folders_of_odd_names_are_refused_at_the_start(fails, tmp_path):
     assert "\x1b" not in line and not list(tmp_path.iterdir())
 
 
+def test_run_folders_of_all_that_is_utf8(cli, tmp_path):
+    """Also what is not printable: the wide space of Japanese, a line end."""
+    run = tmp_path / "実験\u3000一\nzwei"
+    outcome = cli("--output", run, "--opts", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0)
+    assert outcome.status == 0 and (run / "metrics.json").exists(), outcome
+    assert cli("--output", run, "--resume", "auto", "--opts", "TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0).status == 0
+
+
 def test_a_terminal_without_unicode(tmp_path):
     """LANG=C: messages are written with escapes."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
