@@ -137,6 +137,7 @@ def test_no_command_executes_the_config_in_a_checkpoint(task, capfd):
     for tool, arguments in (
         ("train", [str(config), "--resume", str(path), "--work-dir", str(folder / "work"), *common]),
         ("train", [str(config), "--resume", "--work-dir", str(folder), *common]),
+        ("train", [str(config), "--work-dir", str(folder / "from"), *common, f"load_from={path}"]),
         ("test", [str(config), str(path), "--work-dir", str(folder / "work"), *common]),
         ("demo", [str(folder / "image.png"), *demo]),
     ):
