@@ -76,9 +76,7 @@ def measure(cfg: CN, device: torch.device, updates: int, repeats: int, folder: P
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(cfg.DATA.BATCH_SIZE, channels(cfg), size, size, generator=generator).to(device)
     targets = torch.arange(len(images), device=device) % cfg.MODEL.NUM_CLASSES
-    loader = InMemory(
-        Batch(images, targets, [], [Key(0, index) for index in range(len(images))], hopeless=False), updates
-    )
+    loader = InMemory(Batch(images, targets, [], [Key(0, index) for index in range(len(images))]), updates)
     bare, loop = [], []
     with RunLog(active=False) as log:
         trainer = Trainer(cfg, world, log, folder, run, loader, loader, loader, StopRequest())

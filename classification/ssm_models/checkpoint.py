@@ -181,7 +181,8 @@ def load_checkpoint(
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {difference}{hint}", _MAX_DIFFERENCE)
     fault = describe_values(found, wanted, allow_nonfinite)
     if fault:
-        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {fault}")
+        hint = "; allow_nonfinite=True takes them" if "not finite" in fault else ""
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {fault}{hint}")
     model.load_state_dict({**own, **found}, strict=True)
     report = LoadReport(weights.entry, tuple(fresh), (*left_out, *weights.beside))
     _log.info("%s: %s", path, report)
@@ -232,10 +233,7 @@ def describe_values(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], a
             converted = given.to(value.dtype)
             # a sum is finite only if all is, and takes a third of the time; a sum may overflow
             if not converted.sum().isfinite() and not (finite := converted.isfinite()).all():
-                return (
-                    f"{name} has {int((~finite).sum())} values that are not finite in {value.dtype}; "
-                    "allow_nonfinite=True takes them"
-                )
+                return f"{name} has {int((~finite).sum())} values that are not finite in {value.dtype}"
         elif value.dtype in _INTEGERS and given.dtype in _INTEGERS:
             if not value.is_meta and not torch.equal(given.to(value.dtype).to(given.dtype), given):
                 return f"{name} has values that {value.dtype} cannot hold"

@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="set a run that the run folder holds aside, and start anew")
     add("--allow-changes", action="store_true", help="with --resume: go on with other data or options than before")
     add("--pretrained", metavar="P", help="start from these weights: checkpoint folder, .safetensors, official .pth")
-    add("--which", choices=("model", "ema"), help="with --pretrained: its plain or its averaged weights (the better)")
+    add("--which", choices=("model", "ema"), help="with --pretrained: plain or averaged weights (the better)")
     add("--allow-nonfinite", action="store_true", help="with --pretrained: take weights with nan or infinity, too")
     add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
     add("--eval", action="store_true", help="validate the weights of --resume or --pretrained; no training")

@@ -66,7 +66,7 @@ def set_aside(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"--fresh: {folder} cannot be moved to {kept} ({error.strerror}): choose another --output"
-        ) from (error)
+        ) from error
     _log.info("--fresh: the earlier run is kept in %s", kept)
 
 

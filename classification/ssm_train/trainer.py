@@ -147,14 +147,20 @@ class Trainer:
             set_aside(self.folder)
         try:
             self.lock = stack.enter_context(folder_lock(self.folder))
-            write_atomic(self.folder / "config.yaml", self.cfg.dump())
         except OSError as error:
             raise self._unwritable(error) from error
         if checkpoint is None:
             # again, now that nobody else can begin a run here
             refuse_existing_run(self.folder)
             self.store.clean()
-            return
+        else:
+            self._open_checkpoints(checkpoint)
+        try:
+            write_atomic(self.folder / "config.yaml", self.cfg.dump())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _open_checkpoints(self, checkpoint: Checkpoint) -> None:
         if checkpoint.folder.parent != self.store.folder.resolve():
             self.store.clean()
             self.store.adopt(checkpoint)

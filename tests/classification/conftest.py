@@ -16,11 +16,38 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ssm_train.cli import main
+from ssm_train.common.errors import UserError
+from ssm_train.config.load import load_config
+from ssm_train.data.build import scan_split
 
 MAIN = Path(__file__).parents[2] / "classification" / "main.py"
 
 CLASSES = ("cat", "dog", "eel")
 TRAIN_PER_CLASS, VAL_PER_CLASS = 7, 5  # 21 and 15 images: divisible by no batch size used here but their own factors
+
+
+# a script: RANK MARK and the command's own arguments. The worker of that rank kills itself once, when there is no MARK
+KILLED_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from ssm_train import trainer
+from ssm_train.cli import main
+from ssm_train.common.errors import UserError
+from ssm_train.config.load import load_config
+from ssm_train.data.build import scan_split
+
+original = trainer.take_update
+
+def update(run, *args, **kwargs):
+    mark = Path(sys.argv[2])
+    if os.environ["RANK"] == sys.argv[1] and run.updates == 7 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(run, *args, **kwargs)
+
+trainer.take_update = update
+sys.exit(main(sys.argv[3:]))
+"""
 
 
 class Outcome(NamedTuple):
@@ -179,3 +206,28 @@ def same_state(state_of):
             assert torch.equal(value, found[name]), name
 
     return compare
+
+
+@pytest.fixture
+def config(tiny_cfg):
+    """config(DATASET, DATA_PATH, key, value, ...) -> cfg."""
+
+    def make(dataset: str, path: Path, *opts: object):
+        pairs = ["DATA.DATASET", dataset, "DATA.DATA_PATH", str(path), *map(str, opts)]
+        return load_config(str(tiny_cfg), pairs)
+
+    return make
+
+
+@pytest.fixture
+def refused(config, tmp_path):
+    """refused(DATASET, *parts): scanning tmp_path fails with all parts in its one line."""
+
+    def check(dataset: str, *parts: str, split: str = "train", opts: tuple[object, ...] = ()) -> None:
+        with pytest.raises(UserError) as error:
+            scan_split(config(dataset, tmp_path, *opts), split)
+        assert "\n" not in str(error.value)
+        for part in parts:
+            assert part in str(error.value)
+
+    return check

@@ -19,7 +19,7 @@ from ssm_train.common.fileio import folder_lock
 from ssm_train.record.checkpoint import Position
 from ssm_train.record.store import CheckpointStore
 
-from .conftest import MAIN
+from .conftest import KILLED_ONCE, MAIN
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 KILLS = 12
@@ -228,26 +228,6 @@ def test_preemption_of_one_rank_stops_both(tiny_cfg, tmp_path):
     assert "stopped by" in out and "continue with --resume auto" in out
 
 
-KILLED_ONCE = """
-import os, signal, sys
-from pathlib import Path
-from ssm_train import trainer
-from ssm_train.cli import main
-
-original = trainer.take_update
-
-def update(run, *args, **kwargs):
-    mark = Path(sys.argv[1])
-    if os.environ["RANK"] == "1" and run.updates == 7 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(run, *args, **kwargs)
-
-trainer.take_update = update
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.full
 def test_torchrun_restarts_a_killed_worker(torchrun, tiny_cfg, same_state, read_log, tmp_path):
     """--max-restarts recovers by itself, and the end is that of a run that was never killed."""
@@ -256,9 +236,9 @@ def test_torchrun_restarts_a_killed_worker(torchrun, tiny_cfg, same_state, read_
     common = ["--cfg", tiny_cfg, "--batch-size", 2, "--resume", "auto"]
     opts = ["--opts", "TRAIN.EPOCHS", 3, "TRAIN.SAVE_UPDATES", 2]
     (tmp_path / "never").touch()
-    done = torchrun(2, tmp_path / "never", *common, "--output", tmp_path / "whole", *opts, script=script)
+    done = torchrun(2, 1, tmp_path / "never", *common, "--output", tmp_path / "whole", *opts, script=script)
     assert done.returncode == 0, done.stderr[-3000:]
-    arguments = [tmp_path / "once", *common, "--output", tmp_path / "run", *opts]
+    arguments = [1, tmp_path / "once", *common, "--output", tmp_path / "run", *opts]
     done = torchrun(2, *arguments, script=script, options=("--max-restarts=2",))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "once").exists()

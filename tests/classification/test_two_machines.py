@@ -13,7 +13,7 @@ import pytest
 from ssm_train.record.checkpoint import Position
 from ssm_train.record.store import CheckpointStore
 
-from .conftest import MAIN
+from .conftest import KILLED_ONCE, MAIN
 
 LAUNCHER_TIMEOUT = 20  # seconds
 PREFIX = f"ssm{os.getpid() % 10000}"
@@ -48,26 +48,6 @@ def machines():
     yield names
     for name in names:
         ip("netns", "del", name)
-
-
-KILLED_ONCE = """
-import os, signal, sys
-from pathlib import Path
-from ssm_train import trainer
-from ssm_train.cli import main
-
-original = trainer.take_update
-
-def update(run, *args, **kwargs):
-    mark = Path(sys.argv[2])
-    if os.environ["RANK"] == sys.argv[1] and run.updates == 7 and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(run, *args, **kwargs)
-
-trainer.take_update = update
-sys.exit(main(sys.argv[3:]))
-"""
 
 
 @pytest.fixture

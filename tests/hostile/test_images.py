@@ -21,7 +21,7 @@ from ssm_train.data.samplers import Key
 from ssm_train.data.sources.base import read_range
 from ssm_train.data.transforms import eval_transform
 
-from ..classification.conftest import MAIN, own_tree  # noqa: F401
+from ..classification.conftest import MAIN
 from .child import run_limited
 
 
@@ -87,7 +87,7 @@ def test_what_is_no_image_file(tmp_path, kind):
         Decoder()(read_range(tmp_path / "x.png"))
 
 
-def test_links_in_class_folders_are_followed_once(tiny_cfg, own_tree, tmp_path):  # noqa: F811
+def test_links_in_class_folders_are_followed_once(tiny_cfg, own_tree, tmp_path):
     """In circles, to the parent, to another class, twice to the same place; and a real folder elsewhere counts."""
 
     def names() -> list[str]:
@@ -110,7 +110,7 @@ def test_links_in_class_folders_are_followed_once(tiny_cfg, own_tree, tmp_path):
     assert added == {str(cat / "z1/one.png"), str(cat / "a/b/two.png")} and len(names()) == len(before) + 2
 
 
-def test_special_files_among_the_images_are_named_and_replaced(cli, own_tree, tmp_path):  # noqa: F811
+def test_special_files_among_the_images_are_named_and_replaced(cli, own_tree, tmp_path):
     os.mkfifo(own_tree / "train/cat/pipe.png")
     sparse(own_tree / "train/dog/huge.png")
     (own_tree / "train/eel/thin.png").write_bytes(png(1, 20_000))
@@ -163,7 +163,23 @@ def test_an_unreadable_data_set_is_given_up_after_few_tries(caplog, tiny_cfg):
     assert "the others are not named" in caplog.records[-1].getMessage()
 
 
-def test_predictions_of_a_folder_with_unreadable_files(own_tree, tmp_path, capsys):  # noqa: F811
+@pytest.mark.parametrize("count", [1, 2, 40, 64])
+def test_the_one_readable_image_of_a_small_data_set_is_found(count, tiny_cfg):
+    """All are tried where there are few."""
+
+    class OneReadable(Unreadable):
+        def read(self, index: int) -> bytes:
+            return b"" if index == count // 2 else super().read(index)
+
+        def decode(self, data: bytes) -> Image.Image:
+            return Image.new("RGB", (8, 8), "white")
+
+    images = TrainImages(OneReadable(count), eval_transform(load_config(str(tiny_cfg))), seed=0, max_bad_share=1)
+    samples = [images[Key(0, index)] for index in range(count)]
+    assert not any(sample.hopeless for sample in samples) and all((sample.image > 1).all() for sample in samples)
+
+
+def test_predictions_of_a_folder_with_unreadable_files(own_tree, tmp_path, capsys):
     folder = own_tree / "val/cat"
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:60])
     (folder / "thin.png").write_bytes(png(1, 20_000))
@@ -181,7 +197,7 @@ def test_predictions_of_a_folder_with_unreadable_files(own_tree, tmp_path, capsy
 
 
 @pytest.mark.full
-def test_the_command_in_little_memory(own_tree, tiny_cfg, tmp_path):  # noqa: F811
+def test_the_command_in_little_memory(own_tree, tiny_cfg, tmp_path):
     """Bombs of all shapes among the images of a real run of the command."""
     for number, content in enumerate(SHAPES.values()):
         (own_tree / f"val/cat/bomb{number}.png").write_bytes(content)

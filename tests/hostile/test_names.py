@@ -9,7 +9,7 @@ from ssm_models import CheckpointError
 from ssm_models.printable import printable
 from ssm_train.common.errors import UserError
 
-from ..classification.conftest import MAIN, own_tree  # noqa: F401
+from ..classification.conftest import MAIN
 
 ODD = os.fsdecode(b"\xff\x1b]0;title\x07\n.png")
 SHOWN = r"\xff\x1b]0;title\x07\n.png"
@@ -23,7 +23,7 @@ def test_printable():
         assert str(error).isprintable() and r"\xff\x1b]0;title\x07" in str(error)
 
 
-def test_unreadable_images_of_odd_names(cli, own_tree, tmp_path):  # noqa: F811
+def test_unreadable_images_of_odd_names(cli, own_tree, tmp_path):
     for split in ("train", "val"):
         (own_tree / split / "cat" / ODD).write_bytes(b"no image")
     outcome = cli("--data-path", own_tree, "--output", tmp_path / "run")
@@ -34,7 +34,7 @@ def test_unreadable_images_of_odd_names(cli, own_tree, tmp_path):  # noqa: F811
     assert SHOWN in (tmp_path / "run/report.md").read_text(encoding="utf-8")
 
 
-def test_class_folders_of_odd_names(cli, own_tree, tmp_path):  # noqa: F811
+def test_class_folders_of_odd_names(cli, own_tree, tmp_path):
     for split in ("train", "val"):
         (own_tree / split / "cat").rename(own_tree / split / ODD.removesuffix(".png"))
     outcome = cli("--data-path", own_tree, "--output", tmp_path / "run")

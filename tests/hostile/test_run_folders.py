@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ssm_train.common.errors import UserError
 from ssm_train.record.checkpoint import SUMS, Position, read_checkpoint
 from ssm_train.record.store import CheckpointStore
 
@@ -165,6 +166,14 @@ def test_newer_ones_that_do_not_verify_are_kept(run, cli):
     assert read_checkpoint(newest).position == Position(2)
 
 
+def test_checkpoints_that_came_since_the_folder_was_looked_at(run):
+    """Another process has gone on meanwhile: they are whole, and stay where they are."""
+    before = snapshot(run)
+    with pytest.raises(UserError, match="goes on to epoch 2 since it was looked at: run this command again"):
+        CheckpointStore(run / "checkpoints", 3).open(read_checkpoint(run / "checkpoints/epoch_0001"))
+    assert snapshot(run) == before
+
+
 # ---- meta.json ----
 
 
@@ -281,8 +290,8 @@ def test_edited_train_state(run, fails, kind):
 
 
 WEIGHTS = {
-    "nan": (lambda w: w[NAME].fill_(math.nan), f"{NAME} is not finite"),
-    "infinite": (lambda w: w[NAME].view(-1)[0].fill_(math.inf), f"{NAME} is not finite"),
+    "nan": (lambda w: w[NAME].fill_(math.nan), f"{NAME} has "),
+    "infinite": (lambda w: w[NAME].view(-1)[0].fill_(math.inf), f"{NAME} has "),
     "half": (lambda w: w.update({NAME: w[NAME].half()}), f"{NAME} is torch.float16, not torch.float32"),
     "integers": (lambda w: w.update({NAME: w[NAME].int()}), f"{NAME} is torch.int32, not torch.float32"),
     "another shape": (lambda w: w.update({NAME: w[NAME][:2].clone()}), f"other shapes: {NAME} (2, "),

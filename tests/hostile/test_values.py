@@ -11,6 +11,8 @@ import ssm_models
 from ssm_models import CheckpointError, DenseBackbone, load_checkpoint
 from ssm_models.checkpoint import describe_values
 from ssm_models.layers.pos_embed import resize_pos_embed
+from ssm_train.common.errors import UserError
+from ssm_train.step.model import Pretrained, load_pretrained
 
 NAME = "classifier.head.weight"
 
@@ -117,6 +119,13 @@ def test_the_command(cli, fails, weights, tmp_path):
     # what came of it is JSON for every reader
     text = (tmp_path / "run/metrics.json").read_text()
     assert "NaN" not in text and '"loss": null' in text
+
+
+def test_no_command_names_a_flag_that_it_has_not(weights, tmp_path):
+    save_file({**weights, NAME: weights[NAME] * math.nan}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError) as caught:
+        load_pretrained(model(), Pretrained(tmp_path / "a.safetensors"), option="--checkpoint")
+    assert "are not finite" in str(caught.value) and "allow" not in str(caught.value)
 
 
 def test_which_set_is_taken(cli, fails, weights, tmp_path):

@@ -33,8 +33,9 @@ def bring_to_grid(
     converted = dict(state_dict)
     backbone = "head.weight" not in own and not model.class_tokens()
     # computed, as a model on the meta device has none
-    tables = () if model.rope is None else model.rope.tables(*model.grid)
-    for name, table in zip(("rope.freqs_cos", "rope.freqs_sin"), tables, strict=False):
+    names = ("rope.freqs_cos", "rope.freqs_sin")
+    tables = {} if model.rope is None else dict(zip(names, model.rope.tables(*model.grid), strict=True))
+    for name, table in tables.items():
         # published detectors and segmentors rotate, the classifiers that they start from do not
         if backbone or name in converted:
             same = name in converted and converted[name].shape == table.shape

@@ -94,7 +94,7 @@ class EvalImages(Dataset[Sample]):
 
 def _offset(attempt: int, total: int) -> int:
     """Where to look in the place of an unreadable image: at its neighbours, then far away, for they may all be bad."""
-    return attempt if attempt < _NEIGHBOURS else attempt * max(total // _MOST_TRIES, 1) + attempt
+    return attempt if attempt < _NEIGHBOURS or total <= _MOST_TRIES else attempt * (total // _MOST_TRIES) + attempt
 
 
 def load_image(source: ImageSource, index: int, transform: Transform = lambda image: image) -> Any:

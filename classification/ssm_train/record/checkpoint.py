@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ssm_models.checkpoint import CheckpointError, describe_difference
+from ssm_models.checkpoint import CheckpointError, describe_difference, describe_values
 from ssm_models.unpickle import read_pickle
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import open_regular
@@ -104,16 +104,13 @@ class Checkpoint:
             raise UserError(
                 f"{self.folder / name} is of another model: {difference}; use the config it was trained with"
             )
-        for key, value in tensors.items():
-            if value.dtype != own[key].dtype:
-                raise UserError(
-                    f"{self.folder / name}: {key} is {value.dtype}, not {own[key].dtype}; use another checkpoint"
-                )
-            if not value.isfinite().all():
-                raise UserError(
-                    f"{self.folder / name}: {key} is not finite; use another checkpoint, or start anew from the file "
-                    "by --pretrained with --allow-nonfinite"
-                )
+        # converted weights would not end in the same bits
+        odd = next((key for key, value in tensors.items() if value.dtype != own[key].dtype), None)
+        fault = describe_values(tensors, own) if odd is None else f"{odd} is {tensors[odd].dtype}, not {own[odd].dtype}"
+        if fault:
+            raise UserError(
+                f"{self.folder / name}: {fault}; use another checkpoint, or start anew from this file by --pretrained"
+            )
         return tensors
 
     def train_state(self) -> dict[str, Any]:

@@ -125,7 +125,8 @@ class CheckpointStore:
 
     def open(self, start: Checkpoint) -> None:
         """For a run that goes on from `start`, which is of this folder: copies become what they are copies of, and what
-        is newer than `start`, which nobody could verify, is kept out of the way."""
+        is newer than `start` and cannot be verified is kept out of the way. UserError where it can be: another process
+        has gone on in the meantime."""
         self.clean()
         for copy in self._copies():
             position = read_checkpoint(copy).position if _is_complete(copy) else None
@@ -145,8 +146,14 @@ class CheckpointStore:
                 self._keep_unverified(self.folder / name, name)
         for path in self._entries():
             position = Position.named(path.name)
-            if position is not None and position > start.position:
-                self._keep_unverified(path, path.name)
+            if position is None or position <= start.position:
+                continue
+            if _is_complete(path):
+                raise UserError(
+                    f"{self.folder} goes on to {position} since it was looked at: run this command again, to continue "
+                    "from there"
+                )
+            self._keep_unverified(path, path.name)
 
     def _keep_unverified(self, path: Path, name: str) -> None:
         kept, number = self.folder / f"{_UNVERIFIED}{name}", 1

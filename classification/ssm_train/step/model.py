@@ -15,6 +15,9 @@ from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import channels, replaced
 from ssm_train.record.checkpoint import META, read_checkpoint
 
+# how messages of ssm_models call what the command line has flags for
+_FLAGS = {"; new_head=True": "; --new-head", "; allow_nonfinite=True": "; --allow-nonfinite"}
+
 # the mark of modules that stay in evaluation mode
 _FROZEN = "frozen_by_config"
 
@@ -79,10 +82,12 @@ def load_pretrained(model: nn.Module, weights: Pretrained, option: str = "--pret
             model, path, which=which, new_head=weights.new_head, allow_nonfinite=weights.allow_nonfinite
         )
     except ssm_models.CheckpointError as error:
-        message, _, hint = str(error).partition("; new_head=True keeps")
-        if hint and option == "--pretrained":
-            message += f"; --new-head keeps{hint}"
-        raise UserError(message.replace("allow_nonfinite=True takes", "--allow-nonfinite takes")) from error
+        message = str(error)
+        for argument, flag in _FLAGS.items():
+            message, found, rest = message.partition(argument)
+            # other options have no such flags
+            message += f"{flag}{rest}" if found and option == "--pretrained" else ""
+        raise UserError(message) from error
     return path
 
 
