@@ -1,12 +1,22 @@
-"""mmengine's Runner, which takes nothing but data from a checkpoint."""
+"""mmengine's Runner, which takes nothing but data from a checkpoint, and its log, which one process writes."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from mmengine.dist import master_only
+from mmengine.hooks import LoggerHook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
 from ssm_mm.checkpoints import fit, read, read_to_resume
+
+
+@HOOKS.register_module(name="LoggerHook", force=True)
+class LogOfOneProcess(LoggerHook):
+    """In mmengine's own, every process of a test writes its metrics into one file, at the same time: torn JSON."""
+
+    after_test_epoch = master_only(LoggerHook.after_test_epoch)
 
 
 class DataRunner(Runner):
