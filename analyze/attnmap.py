@@ -246,7 +246,7 @@ def attnmap(args: argparse.Namespace) -> None:
         raise UserError(f"--query {x} {y} is outside of the image, which has {image.width}x{image.height} pixels")
     name = _MODEL if args.model is None and args.checkpoint is None else inputs.model_name(args.model, args.checkpoint)
     torch.manual_seed(0)  # for models without a checkpoint
-    model = inputs.load_model(name, args.checkpoint).to(device)
+    model = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite).to(device)
     block = find_mixer(model, args.stage, args.block)[1]
     shorter = min(inputs.image_size(None, name, args.checkpoint)) if args.size is None else args.size
     height, width = size_for(image, model, name, shorter)

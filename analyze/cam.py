@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         check_png(args.out)
         device = inputs.find_device(args.device)
         name = inputs.model_name(args.model, args.checkpoint)
-        model = inputs.load_model(name, args.checkpoint).to(device)
+        model = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite).to(device)
         classes = class_names(model.num_classes, args.checkpoint, args.classes)
         asked = find_class(args.target, classes)
         layer = find_layer(model, args.layer)

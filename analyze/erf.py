@@ -122,16 +122,18 @@ def measure(
     paths: list[Path],
     size: int,
     device: torch.device,
-    asked_range: list[float] | None = None,
+    args: argparse.Namespace,
 ) -> list[Field]:
-    """The fields of models, each with a checkpoint or with random weights. Raises UserError."""
+    """The fields of models, each with a checkpoint or with random weights, read as the options in `args` say. Raises
+    UserError."""
     fields = []
     for name, checkpoint in jobs:
         weights = _RANDOM if checkpoint is None else checkpoint.name
         torch.manual_seed(0)
-        features = features_of(inputs.load_model(name, checkpoint).to(device), name, size)
+        model = inputs.load_model(name, checkpoint, args.which, args.allow_nonfinite).to(device)
+        features = features_of(model, name, size)
         files = inputs.progress(paths, f"{name}, {weights}")
-        decoder = inputs.image_decoder(checkpoint, asked_range)
+        decoder = inputs.image_decoder(checkpoint, args.range)
         pictures = (inputs.read_image(path, decoder) for path in files)
         images = (inputs.to_tensor(picture, name, (size, size)).to(device) for picture in pictures)
         fields.append(Field(name, weights, receptive_field(features, images)))
@@ -232,7 +234,7 @@ def erf(args: argparse.Namespace) -> None:
         write_digits(_DIGITS)
     paths = inputs.find_images(args.images or [_DIGITS / "val"])
     paths = random.Random(args.seed).sample(paths, min(args.num, len(paths)))
-    fields = measure(jobs, paths, args.size, device, args.range)
+    fields = measure(jobs, paths, args.size, device, args)
     print(table(fields), end="\n\n")
     save_figure(draw(fields, args.models, len(paths)), args.out)
     write_csv(args.out.with_suffix(".csv"), _COLUMNS, rows(fields))
@@ -246,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="analyze/erf.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", metavar="NAME", default=_NANO, help=f"({' '.join(_NANO)})")
     parser.add_argument("--checkpoints", nargs="+", metavar="PATH", help="one for each model, - for none (none)")
+    inputs.add_weights_arguments(parser)
     parser.add_argument("--images", type=Path, nargs="+", metavar="PATH", help="images or folders (embedded digits)")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels (%(default)s)")
     parser.add_argument("--num", type=int, default=50, help="images drawn at random (%(default)s)")

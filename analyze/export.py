@@ -171,9 +171,9 @@ def main(argv: list[str] | None = None) -> int:
         wrong = [path for path in paths if path.suffix not in SUFFIXES]
         if wrong:
             raise UserError(f"--out {wrong[0]} does not end in {' or '.join(SUFFIXES)}")
-        eager = inputs.load_model(name, args.checkpoint)
+        eager = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite)
         with set_exportable(True):  # tells mixers to take the reference implementation
-            plain = inputs.load_model(name, args.checkpoint)
+            plain = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite)
         if args.checkpoint is None:
             plain.load_state_dict(eager.state_dict())
         size = inputs.image_size(args.size, name, args.checkpoint)

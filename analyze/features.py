@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
         device = inputs.find_device(args.device)
         name = inputs.model_name(args.model, args.checkpoint)
-        model = inputs.load_model(name, args.checkpoint).to(device)
+        model = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite).to(device)
         transform = inputs.evaluation_transform(name, args.checkpoint, args.size)
         cfg = _data_config(args.checkpoint, args.data_path, args.dataset, args.range)
         sources = {}

@@ -21,15 +21,16 @@ from yacs.config import CfgNode as CN
 
 from ssm_models import CheckpointError
 from ssm_models import read_checkpoint as read_weights
-from ssm_models.weights import Entry, find, is_path
+from ssm_models.weights import is_path
 from ssm_train.common.decode import UNREADABLE, Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import channels
 from ssm_train.config.load import parse_config
 from ssm_train.data.sources.base import read_range
 from ssm_train.data.transforms import Transform, eval_transform
-from ssm_train.record.checkpoint import META, read_checkpoint
-from ssm_train.step.model import Pretrained, check_model_name, load_pretrained
+from ssm_train.record.checkpoint import META, best_or_itself, read_checkpoint
+from ssm_train.step.model import check_model_name
+from ssm_train.step.pretrained import Pretrained, load_pretrained, published
 
 T = TypeVar("T")
 
@@ -66,27 +67,31 @@ def build_model(name: str, num_classes: int | None = None, arguments: Mapping[st
         raise UserError(f"model {name} cannot be built: {error}") from error
 
 
-def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
+def load_model(
+    name: str, checkpoint: Path | None = None, which: str = "auto", allow_nonfinite: bool = False
+) -> nn.Module:
     """`build_model` with the weights of `checkpoint`, as many classes as these are for; random weights if None.
 
-    `checkpoint` is a checkpoint folder of ours, the run folder of a finished training (its best weights), a
-    .safetensors file, an official .pth file or a name of the table of published weights. UserError also where it is of
-    another model.
+    `checkpoint`, `which` and `allow_nonfinite` are what `Pretrained` says. UserError also where it is of another model.
     """
     if checkpoint is None:
         return build_model(name)
     check_model_name(name, "model")
     if not is_path(checkpoint):
-        _published(checkpoint)
-        model = build_model(name)
-        load_pretrained(model, Pretrained(checkpoint), option="--checkpoint")
-        return model.eval()
+        published(checkpoint, "--checkpoint")
+        return _loaded(build_model(name), Pretrained(checkpoint, which, allow_nonfinite=allow_nonfinite))
     cfg = run_config(checkpoint)
     if cfg is not None and name != cfg.MODEL.NAME:
         raise UserError(f"--checkpoint {checkpoint} is of the model {cfg.MODEL.NAME}, not of {name}")
-    file = weights_file(checkpoint)
-    model = build_model(name, _classes_in(file, name), None if cfg is None else cfg.MODEL.KWARGS)
-    load_pretrained(model, Pretrained(file), option="--checkpoint")
+    classes = _classes_in(weights_file(checkpoint), name) if cfg is None else cfg.MODEL.NUM_CLASSES
+    model = build_model(name, classes, None if cfg is None else cfg.MODEL.KWARGS)
+    return _loaded(model, Pretrained(checkpoint, which, allow_nonfinite=allow_nonfinite))
+
+
+def _loaded(model: nn.Module, weights: Pretrained) -> nn.Module:
+    loaded = load_pretrained(model, weights, option="--checkpoint")
+    if loaded.ours and len(loaded.sets) > 1:
+        print(f"weights from {loaded}", file=sys.stderr)
     return model.eval()
 
 
@@ -95,7 +100,7 @@ def model_name(name: str | None, checkpoint: Path | None) -> str:
     if name is not None:
         return name
     if checkpoint is not None and not is_path(checkpoint):
-        return _published(checkpoint).model
+        return published(checkpoint, "--checkpoint").model
     if checkpoint is not None and not checkpoint.exists():
         raise UserError(f"--checkpoint {checkpoint} does not exist")
     cfg = run_config(checkpoint)
@@ -104,31 +109,17 @@ def model_name(name: str | None, checkpoint: Path | None) -> str:
     return cfg.MODEL.NAME
 
 
-def _published(checkpoint: Path) -> Entry:
-    """The entry of the table of published weights. UserError for a name that it has not."""
-    try:
-        return find(str(checkpoint))
-    except CheckpointError as error:
-        raise UserError(f"--checkpoint {error}") from error
-
-
-def _checkpoint_folder(checkpoint: Path) -> Path:
-    """The best checkpoint of the run folder `checkpoint`, else `checkpoint` itself."""
-    best = checkpoint / "checkpoints" / "best"
-    return best if (best / META).is_file() else checkpoint
-
-
 def run_config(checkpoint: Path | None) -> CN | None:
     """The config of the run that wrote a checkpoint or run folder of ours; None for any other file."""
     if checkpoint is None:
         return None
-    folder = _checkpoint_folder(checkpoint)
+    folder = best_or_itself(checkpoint)
     return parse_config(read_checkpoint(folder).meta["config"]) if (folder / META).is_file() else None
 
 
 def weights_file(checkpoint: Path, option: str = "--checkpoint") -> Path:
     """The file that holds the weights of what `load_model` takes; `option` is what the user calls it."""
-    folder = _checkpoint_folder(checkpoint)
+    folder = best_or_itself(checkpoint)
     if (folder / META).is_file():
         return read_checkpoint(folder).weights_file
     if not folder.is_file():
@@ -249,11 +240,23 @@ def sample_images(decoder: Decoder = RGB) -> dict[str, Image.Image]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model and --checkpoint, for `model_name` and `load_model`."""
+    """--model, --checkpoint and what goes with it, for `model_name` and `load_model`."""
     parser.add_argument("--model", metavar="NAME", help="of timm's registry; runs of this repository know theirs")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="run or checkpoint folder, .safetensors or official .pth file"
+        "--checkpoint", type=Path, metavar="P", help="run or checkpoint folder, .safetensors, .pth, or a published name"
     )
+    add_weights_arguments(parser)
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """--which and --allow-nonfinite, for `load_model`."""
+    parser.add_argument(
+        "--which",
+        choices=("auto", "model", "ema"),
+        default="auto",
+        help="plain or averaged weights (the better ones, or those that a name is published for)",
+    )
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights with nan or infinity, too")
 
 
 def add_range_argument(parser: argparse.ArgumentParser) -> None:

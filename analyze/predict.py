@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         check_png(args.out)
         device = inputs.find_device(args.device)
         name = inputs.model_name(args.model, args.checkpoint)
-        model = inputs.load_model(name, args.checkpoint).to(device)
+        model = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite).to(device)
         names = class_names(model.num_classes, args.checkpoint, args.classes)
         transform = inputs.evaluation_transform(name, args.checkpoint, args.size)
         decoder = inputs.image_decoder(args.checkpoint, args.range)

@@ -30,7 +30,15 @@ from yacs.config import CfgNode as CN
 
 from analyze import logs
 from analyze.figures import check_png, colors_of, log_y_axis, save_figure, size_axis
-from analyze.inputs import at_least, device_name, find_device, load_model, progress_bar, run_config
+from analyze.inputs import (
+    add_weights_arguments,
+    at_least,
+    device_name,
+    find_device,
+    load_model,
+    progress_bar,
+    run_config,
+)
 from analyze.tables import write_csv
 from analyze.throughput import PRECISIONS, Result, Variant, failure, measure
 from ssm_train.common.command import run
@@ -83,7 +91,7 @@ def load(name: str | None, checkpoint: Path, args: argparse.Namespace) -> Traine
     if cfg is None and name is None:
         raise UserError(f"--checkpoints {checkpoint} is no run of ours: give --models, a name for every checkpoint")
     name = name or cfg.MODEL.NAME
-    model = load_model(name, checkpoint)
+    model = load_model(name, checkpoint, args.which, args.allow_nonfinite)
     cfg = _authors_config(name) if cfg is None else cfg.clone()
     cfg.defrost()
     if not any(isinstance(step, CenterCrop) for step in eval_transform(cfg).transforms):
@@ -240,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="analyze/scaleup.py", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--checkpoints", type=Path, nargs="+", default=[], help="run folders, checkpoint folders or weight files")
+    add_weights_arguments(parser)
     add("--models", nargs="+", metavar="NAME", help="their models; our checkpoints tell themselves")
     add("--data-path", default="", help="holds val/<class>/*")
     add("--dataset", default="folder", help="format of the data, as for classification/main.py (folder)")

@@ -13,5 +13,7 @@ META = {
     "images_per_update": 4,
     "data": None,
     "config": "",
+    "command": "",
+    "pretrained": None,
     "versions": {},
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .file_kinds import foreign_kind
 from .unpickle import CheckpointError, read_pickle
-from .weights import resolve
+from .weights import is_path, resolve
 
 __all__ = ["CheckpointError", "LoadReport", "Weights", "find_weights", "load_checkpoint", "read_checkpoint"]
 
@@ -40,6 +40,7 @@ _OF_BACKBONE = re.compile(r"(outnorm|fpn)\d+\.")
 class Weights(NamedTuple):
     """Weights, and where in a file they were."""
 
+    file: Path
     tensors: dict[str, Tensor]
     entry: str
     """"model", "state_dict" or "model_ema"; "" where the file is a state dict itself."""
@@ -88,7 +89,7 @@ def find_weights(path: str | Path, which: str = "auto") -> Weights:
         raise CheckpointError(f"{path} has weights twice, with and without 'module.' before their names")
     backbone = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")}
     beside = tuple(name for name in weights if not name.startswith("backbone.")) if backbone else ()
-    return Weights(backbone or weights, entry, entries, beside)
+    return Weights(path, backbone or weights, entry, entries, beside)
 
 
 def _read_file(path: Path) -> Mapping:
@@ -125,8 +126,11 @@ def _is_plain(value: object) -> bool:
 class LoadReport(NamedTuple):
     """What a load did beside filling the model."""
 
+    file: Path
     entry: str
     """Where in the file the weights were, see `Weights`."""
+    entries: tuple[str, ...]
+    """All such entries of the file."""
     fresh: tuple[str, ...]
     """Names of the model that stayed as they were."""
     left_out: tuple[str, ...]
@@ -184,8 +188,12 @@ def load_checkpoint(
         hint = "; allow_nonfinite=True takes them" if "not finite" in fault else ""
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {fault}{hint}")
     model.load_state_dict({**own, **found}, strict=True)
-    report = LoadReport(weights.entry, tuple(fresh), (*left_out, *weights.beside))
+    report = LoadReport(weights.file, weights.entry, weights.entries, tuple(fresh), (*left_out, *weights.beside))
     _log.info("%s: %s", path, report)
+    if which == "auto" and is_path(path) and "model_ema" in report.entries and len(report.entries) > 1:
+        # which of them has the accuracy that was published, the file does not say
+        sets = " and ".join(report.entries)
+        _log.warning("%s holds %s; taken: %s (which: model or ema)", report.file, sets, report.entry)
     return report
 
 

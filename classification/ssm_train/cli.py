@@ -13,12 +13,15 @@ import argparse
 import contextlib
 import copy
 import logging
+import shlex
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 from yacs.config import CfgNode as CN
 
 from ssm_train.common import command
@@ -35,16 +38,20 @@ from ssm_train.data.dataset import BadImages
 from ssm_train.data.sources import FORMATS
 from ssm_train.record.checkpoint import MODEL, MODEL_EMA, Checkpoint
 from ssm_train.record.logger import RunLog
-from ssm_train.record.results import description, evaluation_metrics, summary, write_metrics
-from ssm_train.settle import as_before, with_classes, with_machine, with_own_classes
+from ssm_train.record.results import description, evaluation_metrics, origin, summary, write_metrics
+from ssm_train.settle import as_before, as_trained, with_classes, with_machine, with_own_classes
 from ssm_train.start import prepare
 from ssm_train.step.evaluate import validate
-from ssm_train.step.model import Pretrained, build_model, start_from
+from ssm_train.step.model import build_model
 from ssm_train.step.parallel import load_whole
+from ssm_train.step.pretrained import Loaded, Pretrained, start_from
 from ssm_train.step.speed import inference_speed, training_speed
 from ssm_train.trainer import Beginning, train
 
 _log = logging.getLogger(__name__)
+
+# a set of weights -> its name in the results
+_RECORDS = {"model": "model", "ema": "model_ema"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", metavar="P", help="a checkpoint folder, or auto: the newest valid one of the run folder")
     add("--fresh", action="store_true", help="set a run that the run folder holds aside, and start anew")
     add("--allow-changes", action="store_true", help="with --resume: go on with other data or options than before")
-    add("--pretrained", metavar="P", help="start from these weights: checkpoint folder, .safetensors, official .pth")
+    add("--pretrained", metavar="P", help="start from: run or checkpoint folder, .safetensors, .pth, published name")
     add("--which", choices=("model", "ema"), help="with --pretrained: plain or averaged weights (the better)")
     add("--allow-nonfinite", action="store_true", help="with --pretrained: take weights with nan or infinity, too")
     add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
@@ -131,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 def classify(argv: list[str] | None) -> None:
     """Read the command line and the config, join the processes, and do what is asked for."""
     args = parse_args(argv)
+    args.command = shlex.join(["classification/main.py", *(sys.argv[1:] if argv is None else argv)])
     cfg = load_config(args.cfg, args.opts, {flag: getattr(args, flag) for flag in FLAG_KEYS})
     with (
         joined_world(cfg.DEVICE, cfg.MEMORY_SHARE, cfg.TIMEOUT) as world,
@@ -164,6 +172,7 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
             pretrained=_pretrained(args) if args.pretrained else None,
             fresh=args.fresh,
             allow_changes=args.allow_changes,
+            command=args.command,
         )
         train(cfg, world, log, folder, beginning)
 
@@ -175,17 +184,22 @@ def _pretrained(args: argparse.Namespace) -> Pretrained:
 def evaluate(
     args: argparse.Namespace, cfg: CN, world: World, log: RunLog, folder: Path, checkpoint: Checkpoint | None
 ) -> None:
-    """Validate the weights of the checkpoint (plain and averaged) or of --pretrained, and write metrics.json."""
+    """Validate the weights of the checkpoint or of --pretrained, plain and averaged ones where there are both, and
+    write metrics.json."""
     start = time.perf_counter()
+    given = None if checkpoint else _pretrained(args)
+    cfg = world.together(lambda: as_trained(cfg, checkpoint or given.path, told=(args.opts or [])[::2]))
     before = as_before(cfg, checkpoint)
     source = world.together(lambda: scan_split(before, "val"))
     cfg = with_machine(with_classes(before, len(source.classes)), world)
     network = world.together(lambda: build_model(cfg))
-    models, weights_of = {"model": network}, str(args.pretrained)
+    pretrained = None
     if checkpoint is None:
-        _log.info("weights from %s", world.together(lambda: start_from(network, cfg, _pretrained(args))))
+        weights_of = str(args.pretrained)
+        models, loaded = world.together(lambda: both_sets(network, cfg, given))
+        pretrained = world.on_main(loaded.record)
     else:
-        weights_of = str(checkpoint.folder)
+        models, weights_of = {"model": network}, str(checkpoint.folder)
         world.together(lambda: load_whole(network, checkpoint.weights(MODEL, network)))
         if checkpoint.has_ema:
             models["model_ema"] = average = copy.deepcopy(network)
@@ -207,9 +221,26 @@ def evaluate(
             "excluded": bad.count,
             "seconds": seconds,
             "images_per_second": len(source) / seconds,
+            "image_size": cfg.DATA.IMG_SIZE,
+            "crop_ratio": cfg.DATA.CROP_RATIO,
+            "interpolation": cfg.DATA.INTERPOLATION,
+            **origin(args.command, pretrained),
             **description(cfg, world, network, amp),
         }
         world.on_main(lambda: write_metrics(folder, evaluation_metrics(records, weights_of, common)))
+
+
+def both_sets(network: nn.Module, cfg: CN, weights: Pretrained) -> tuple[dict[str, nn.Module], Loaded]:
+    """The networks to validate, `network` among them: of a file or folder with plain and averaged weights both, unless
+    one set was asked for. The second is the one that would be taken to start from."""
+    loaded = start_from(network, cfg, weights)
+    _log.info("weights from %s", loaded)
+    models = {_RECORDS[loaded.set]: network}
+    for which in loaded.sets:
+        if weights.which == "auto" and which != loaded.set:
+            models[_RECORDS[which]] = other = copy.deepcopy(network)
+            _log.info("evaluated, too: %s", start_from(other, cfg, weights._replace(which=which)))
+    return models, loaded
 
 
 def open_folder(folder: Path, log: RunLog, stack: contextlib.ExitStack) -> None:

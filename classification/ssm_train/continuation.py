@@ -11,7 +11,7 @@ from yacs.config import CfgNode as CN
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import folder_lock
 from ssm_train.config.load import model_differences, parse_config
-from ssm_train.record.checkpoint import Checkpoint, Position, read_checkpoint
+from ssm_train.record.checkpoint import Checkpoint, Position, best_or_itself, read_checkpoint
 from ssm_train.record.store import CheckpointStore
 
 _log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def find_checkpoint(args: argparse.Namespace, cfg: CN, folder: Path) -> Checkpoi
     Raises UserError where that would overwrite a run, also one of which nothing can be verified.
     """
     store = CheckpointStore(folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS)
-    checkpoint = store.newest_valid() if args.resume == "auto" else read_checkpoint(Path(args.resume))
+    checkpoint = _named(args) if args.resume != "auto" else store.newest_valid()
     if checkpoint is None:
         found = traces(folder)
         if args.eval and not args.pretrained:
@@ -99,6 +99,13 @@ def find_checkpoint(args: argparse.Namespace, cfg: CN, folder: Path) -> Checkpoi
     if args.resume != "auto" and not args.eval:
         _check_continuation(checkpoint, store, folder)
     return checkpoint
+
+
+def _named(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that --resume names. Of the folder of a run --eval means the best one; to go on is another
+    thing."""
+    path = Path(args.resume)
+    return read_checkpoint(best_or_itself(path) if args.eval else path)
 
 
 def _check_continuation(checkpoint: Checkpoint, store: CheckpointStore, folder: Path) -> None:

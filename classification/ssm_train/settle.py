@@ -13,18 +13,22 @@ and counts its workers anew.
 """
 
 import logging
+from collections.abc import Collection
+from pathlib import Path
 
 import timm
 from yacs.config import CfgNode as CN
 
+from ssm_models.weights import is_path
 from ssm_train.common.distributed import World, local_processes
 from ssm_train.common.machine import memory_bytes, usable_cores
 from ssm_train.common.precision import resolve_amp
-from ssm_train.config.defaults import replaced
+from ssm_train.config.defaults import lookup, replaced
 from ssm_train.config.load import parse_config
-from ssm_train.record.checkpoint import Checkpoint
+from ssm_train.record.checkpoint import META, Checkpoint, best_or_itself, read_checkpoint
 from ssm_train.step.memory import kept_bytes
 from ssm_train.step.model import check_model_name
+from ssm_train.step.pretrained import published
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ RECIPE_BATCH = 128
 _SMALLEST_BATCH = 2  # mixup makes pairs
 _MOST_WORKERS = 8
 _MEMORY_SHARE = 0.5
+_EVALUATION = ("DATA.IMG_SIZE", "DATA.INTERPOLATION", "DATA.CROP_RATIO")
 
 
 def asked_batch(cfg: CN) -> list[int | None]:
@@ -50,6 +55,32 @@ def as_before(cfg: CN, checkpoint: Checkpoint | None) -> CN:
         values["DATA.BATCH_SIZE"] = saved.DATA.BATCH_SIZE
         values["TRAIN.ACCUMULATION_STEPS"] = saved.TRAIN.ACCUMULATION_STEPS
     return replaced(cfg, values)
+
+
+def as_trained(cfg: CN, weights: Checkpoint | Path, told: Collection[str]) -> CN:
+    """The config with the evaluation that `weights` were trained for: images of the size, crop and interpolation of
+    their run, or those that their authors published results with; for others the config says it, as do the keys `told`
+    on the command line. What that changes stands in the log."""
+    if isinstance(weights, Path) and not is_path(weights):
+        settings = timm.get_pretrained_cfg(published(weights).model)
+        values = (settings.input_size[1], settings.interpolation, settings.crop_pct)
+        whose = f"published for {weights}"
+    else:
+        folder = weights.folder if isinstance(weights, Checkpoint) else best_or_itself(weights)
+        if not (folder / META).is_file():
+            return cfg
+        saved = parse_config(read_checkpoint(folder).meta["config"])
+        values = [lookup(saved, key) for key in _EVALUATION]
+        whose = f"of the run that wrote {folder}"
+    changed = {
+        key: value
+        for key, value in zip(_EVALUATION, values, strict=True)
+        if key not in told and value != lookup(cfg, key)
+    }
+    for key, value in changed.items():
+        instead = lookup(cfg, key)
+        _log.info("%s is %s, as %s, in place of the config's %s (--opts changes it)", key, value, whose, instead)
+    return replaced(cfg, changed)
 
 
 def with_classes(cfg: CN, count: int) -> CN:

@@ -15,9 +15,10 @@ from ssm_train.record.checkpoint import Checkpoint, Position
 from ssm_train.step.ema import Average
 from ssm_train.step.engine import Training
 from ssm_train.step.losses import build_criterion
-from ssm_train.step.model import Pretrained, build_model, count_parameters, freeze, start_from
+from ssm_train.step.model import build_model, count_parameters, freeze
 from ssm_train.step.optimizer import build_optimizer, decay_counts
 from ssm_train.step.parallel import shard, wrap
+from ssm_train.step.pretrained import Loaded, Pretrained, start_from
 from ssm_train.step.schedule import build_schedule, resolve_rates
 from ssm_train.step.state import restore_progress, restore_weights
 
@@ -94,8 +95,10 @@ def _build(
 ) -> Training:
     seed_init(cfg.SEED)
     network = build_model(cfg)
+    loaded: Loaded | None = None
     if checkpoint is None and pretrained is not None:
-        _log.info("weights from %s", start_from(network, cfg, pretrained))
+        loaded = start_from(network, cfg, pretrained)
+        _log.info("weights from %s", loaded)
     freeze(network, cfg)
     memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format
     network.to(world.device, memory_format=memory_format)
@@ -114,6 +117,7 @@ def _build(
         criterion=build_criterion(cfg, world.device),
         amp=amp,
         clip_grad=cfg.TRAIN.CLIP_GRAD,
+        loaded=loaded,
     )
     if checkpoint is not None:
         restore_weights(run, checkpoint)

@@ -27,7 +27,16 @@ from ssm_train.record.guard import Guard, MicroStep, write_dump
 from ssm_train.record.logger import RunLog
 from ssm_train.record.progress import Progress
 from ssm_train.record.report import write_report
-from ssm_train.record.results import Results, better_weights, description, summary, training_metrics, write_metrics
+from ssm_train.record.results import (
+    Results,
+    better_weights,
+    description,
+    origin,
+    summary,
+    training_metrics,
+    with_origin,
+    write_metrics,
+)
 from ssm_train.record.store import CheckpointStore
 from ssm_train.same_run import check_ranks, check_resumed, fingerprint
 from ssm_train.settle import as_before, asked_batch, with_classes, with_machine
@@ -36,8 +45,9 @@ from ssm_train.step.engine import Training, Update, take_update, training_loss
 from ssm_train.step.evaluate import Interrupted, validate
 from ssm_train.step.losses import mesa_starts
 from ssm_train.step.meter import Meter
-from ssm_train.step.model import Pretrained, set_train_mode
+from ssm_train.step.model import set_train_mode
 from ssm_train.step.parallel import exchange
+from ssm_train.step.pretrained import Pretrained
 from ssm_train.step.state import collect, first_nonfinite, restore
 
 _log = logging.getLogger(__name__)
@@ -52,6 +62,8 @@ class Beginning(NamedTuple):
     """What the run folder holds is set aside."""
     allow_changes: bool
     """Data and options may be others than those of `checkpoint`."""
+    command: str
+    """The command line, for the records."""
 
 
 def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning) -> None:
@@ -80,10 +92,18 @@ def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning
     with stop.listening(), contextlib.ExitStack() as stack:
         stack.callback(close_workers, loader, val_loader)
         trainer = Trainer(cfg, world, log, folder, run, source, loader, val_loader, stop)
-        trainer.asked_batch, trainer.data = asked, data
+        trainer.asked_batch, trainer.data, trainer.command = asked, data, beginning.command
+        trainer.pretrained = world.on_main(lambda: _origin(run, checkpoint))
         trainer.open(checkpoint, beginning.fresh, stack)
         stack.enter_context(trainer.progress)
         trainer.train()
+
+
+def _origin(run: Training, checkpoint: Checkpoint | None) -> dict | None:
+    """The record of the weights that the run began with, in this process or in that of `checkpoint`."""
+    if checkpoint is not None:
+        return checkpoint.meta["pretrained"]
+    return None if run.loaded is None else run.loaded.record()
 
 
 class Trainer:
@@ -116,6 +136,8 @@ class Trainer:
         self.position = Position(0)
         self.asked_batch = asked_batch(cfg)
         self.data: dict[str, dict] | None = None  # fingerprints by split
+        self.command = ""
+        self.pretrained: dict | None = None  # the weights it started from
         self.lock: FolderLock | None = None  # of the run folder, on rank 0
 
     def open(self, checkpoint: Checkpoint | None, fresh: bool, stack: contextlib.ExitStack) -> None:
@@ -138,9 +160,12 @@ class Trainer:
             # before the logs: from then on there is a checkpoint to go back to, at every moment
             self._save()
         self.world.on_main(self._open_logs)
-        if checkpoint is not None:
+        if checkpoint is None:
+            whence = origin(self.command, self.pretrained)
+            self._event("started", **{name: str(value) for name, value in whence.items()})
+        else:
             _log.info("resumed after %s from %s", self.position, checkpoint.folder)
-            self._event("resumed", epoch=self.position.epoch, slot=self.position.update)
+            self._event("resumed", epoch=self.position.epoch, slot=self.position.update, command=self.command)
 
     def _open_folder(self, checkpoint: Checkpoint | None, fresh: bool, stack: contextlib.ExitStack) -> None:
         if fresh:
@@ -156,7 +181,7 @@ class Trainer:
         else:
             self._open_checkpoints(checkpoint)
         try:
-            write_atomic(self.folder / "config.yaml", self.cfg.dump())
+            write_atomic(self.folder / "config.yaml", with_origin(self.cfg.dump(), self.command, self.pretrained))
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -198,6 +223,7 @@ class Trainer:
                 "skipped_updates": self.guard.skipped,
                 "rollbacks": self.guard.rollbacks,
                 "bad_images": self.bad.count,
+                **origin(self.command, self.pretrained),
                 **description(self.cfg, self.world, self.run.network, self.run.amp),
             },
         )
@@ -410,6 +436,7 @@ class Trainer:
                 "images_per_update": images_per_update(self.cfg, self.world),
                 "data": self.data,
                 "config": self.cfg.dump(),
+                **origin(self.command, self.pretrained),
                 "versions": versions(),
             },
         )

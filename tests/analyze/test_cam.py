@@ -109,7 +109,7 @@ def test_layers_without_a_map():
 def test_command(tmp_path, monkeypatch, capsys):
     """The npz holds what `compute` gives for the picture, and the class asked for or the predicted one."""
     model = build_model("vssd_nano")
-    monkeypatch.setattr(cam.inputs, "load_model", lambda name, checkpoint: model)
+    monkeypatch.setattr(cam.inputs, "load_model", lambda name, checkpoint, which, allow_nonfinite: model)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30), dtype=np.uint8))
     image.save(tmp_path / "grey.png")
     line = ["--model", "vssd_nano", "--images", str(tmp_path / "grey.png"), "--size", *map(str, SIZE)]

@@ -92,7 +92,7 @@ def test_refuses_what_differs(shift, tmp_path):
 
 def test_command(tmp_path, capsys, monkeypatch):
     """The report says how images become input: by its numbers the file gives the model's logits for a picture."""
-    monkeypatch.setattr(export.inputs, "load_model", lambda name, checkpoint: TINY)
+    monkeypatch.setattr(export.inputs, "load_model", lambda name, checkpoint, which, allow_nonfinite: TINY)
     TINY.num_classes = 2
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7), dtype=np.uint8))  # grey
     photo.save(tmp_path / "grey.png")

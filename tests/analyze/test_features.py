@@ -33,7 +33,7 @@ def tree(tmp_path_factory):
 def model(monkeypatch):
     """One model for all calls of a test: weights are random."""
     made = build_model("vim_nano", arguments={"depth": 1, "embed_dim": 16})
-    monkeypatch.setattr(features.inputs, "load_model", lambda name, checkpoint: made)
+    monkeypatch.setattr(features.inputs, "load_model", lambda name, checkpoint, which, allow_nonfinite: made)
     return made
 
 

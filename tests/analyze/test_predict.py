@@ -27,7 +27,7 @@ def photos(tmp_path):
 def model(monkeypatch):
     made = timm.create_model("vim_nano", depth=1, embed_dim=16, num_classes=4).eval()
     nn.init.normal_(made.head.weight, std=3)  # so that images get different answers
-    monkeypatch.setattr(predict.inputs, "load_model", lambda name, checkpoint: made)
+    monkeypatch.setattr(predict.inputs, "load_model", lambda name, checkpoint, which, allow_nonfinite: made)
     return made
 
 

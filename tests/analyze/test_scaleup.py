@@ -17,6 +17,7 @@ from ssm_train.config.defaults import default_config
 
 DATA = Path(__file__).parents[1] / "data/logs"
 COLORS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+WEIGHTS = {"which": "auto", "allow_nonfinite": False}
 COUNTS = {"blue": 2, "green": 3, "red": 5}
 
 
@@ -55,7 +56,7 @@ class Picky(nn.Module):
 
 @pytest.fixture
 def picky(monkeypatch):
-    monkeypatch.setattr(scaleup, "load_model", lambda name, checkpoint: Picky().eval())
+    monkeypatch.setattr(scaleup, "load_model", lambda name, checkpoint, which, allow_nonfinite: Picky().eval())
 
 
 def table(path):
@@ -87,7 +88,7 @@ def test_known_accuracies(colors, picky, tmp_path, capsys):
 
 
 def test_loss_is_that_of_the_logits(colors, picky):
-    args = SimpleNamespace(data_path=str(colors), dataset="folder", batch=3, workers=0)
+    args = SimpleNamespace(data_path=str(colors), dataset="folder", batch=3, workers=0, **WEIGHTS)
     trained = scaleup.load("vmamba_nano", colors / "x.pth", args)
     found = scaleup.accuracy(trained, 16, "fp32", torch.device("cpu"))
     blue, other = torch.log_softmax(torch.tensor([1.0, 0.0, 0.0]), 0)[:2].tolist()
@@ -116,7 +117,7 @@ def test_images_are_cropped_as_in_training(size, ratio, kept, monkeypatch, picky
     cfg = default_config()
     cfg.MODEL.NAME, cfg.DATA.IMG_SIZE, cfg.DATA.CROP_RATIO = "vim_nano", size, ratio
     monkeypatch.setattr(scaleup, "run_config", lambda checkpoint: cfg)
-    args = SimpleNamespace(data_path="some", dataset="folder", batch=7, workers=0)
+    args = SimpleNamespace(data_path="some", dataset="folder", batch=7, workers=0, **WEIGHTS)
     trained = scaleup.load(None, "run", args)
     data = trained.cfg.DATA
     found = [trained.label, data.CROP_RATIO, data.IMG_SIZE, data.BATCH_SIZE, trained.cfg.MODEL.NUM_CLASSES]
@@ -124,7 +125,7 @@ def test_images_are_cropped_as_in_training(size, ratio, kept, monkeypatch, picky
 
 
 def test_authors_transforms(picky):
-    args = SimpleNamespace(data_path="some", dataset="folder", batch=7, workers=0)
+    args = SimpleNamespace(data_path="some", dataset="folder", batch=7, workers=0, **WEIGHTS)
     data = scaleup.load("swin_tiny_patch4_window7_224", Path("swin.pth"), args).cfg.DATA
     found = [data.IMG_SIZE, data.CROP_RATIO, data.INTERPOLATION]
     assert found == [224, 0.9, "bicubic"]

@@ -248,15 +248,19 @@ def test_eval_and_pretrained(cli, fails, full_run, tmp_path):
     assert values(found["results"]["model"]) == values(last[0])
     assert values(found["results"]["model_ema"]) == values(last[1])
     assert {path.name for path in (tmp_path / "e").iterdir()} == {"metrics.json", "log.txt", ".lock"}
-    # --pretrained: a file, or the better weights of a folder
+    # --pretrained: a file, or both kinds of a folder's weights; of a run's, those of its best checkpoint
     for number, record in enumerate(last):
         file = full_run / "checkpoints/last" / ("model.safetensors", "model_ema.safetensors")[number]
         out = tmp_path / f"p{number}"
         assert cli("--eval", "--pretrained", file, "--output", out, *opts).status == 0
         assert values(json.loads((out / "metrics.json").read_text())["results"]["model"]) == values(record)
     assert cli("--eval", "--pretrained", full_run / "checkpoints/last", "--output", tmp_path / "f", *opts).status == 0
-    better = max(last, key=lambda record: (record["top1"], -record["loss"]))
-    assert values(json.loads((tmp_path / "f/metrics.json").read_text())["results"]["model"]) == values(better)
+    found = json.loads((tmp_path / "f/metrics.json").read_text())["results"]
+    assert values(found["model"]) == values(last[0]) and values(found["model_ema"]) == values(last[1])
+    for option in ("--pretrained", "--resume"):
+        assert cli("--eval", option, full_run, "--output", tmp_path / option, *opts).status == 0
+        found = json.loads((tmp_path / option / "metrics.json").read_text())["results"]["model"]
+        assert values(found) == values(metrics["results"]["best"])
     # in the folder of a training run the run's own numbers stay
     shutil.copytree(full_run, tmp_path / "copy", symlinks=True)
     assert cli("--eval", "--resume", "auto", "--output", tmp_path / "copy", *opts).status == 0

@@ -17,7 +17,8 @@ from ssm_train.config.load import load_config
 from ssm_train.data.build import scan_split
 from ssm_train.data.dataset import BadImage, load_image
 from ssm_train.data.transforms import eval_transform, train_transform
-from ssm_train.step.model import Pretrained, build_model, start_from
+from ssm_train.step.model import build_model
+from ssm_train.step.pretrained import Pretrained, start_from
 
 GREY = ("MODEL.KWARGS.in_chans", 1)
 # every augmentation at once: the policies draw from all operations, the mixing pairs images

@@ -103,7 +103,7 @@ def test_preemption_saves_and_ends(fork, tiny_cfg, same_state, read_log, tmp_pat
     os.kill(child.pid, number)
     child.join(300)
     assert child.exitcode == 0
-    [event] = read_log(run, "event")
+    [_, event] = read_log(run, "event")
     assert (event["what"], event["signal"]) == ("preempted", number.name)
     position = Position(event["epoch"], event["slot"])
     # the very update that was under way is in it, and no epoch's end was waited for

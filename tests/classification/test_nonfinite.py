@@ -44,7 +44,7 @@ def test_a_bad_update_moves_nothing(cli, read_log, spoil, tmp_path):
     # the fourth slot made no update: its number stays, and the rate with it
     assert [entry["update"] for entry in entries] == [1, 2, 3, 3, 4, 5, 6, 7, 8, 9]
     assert entries[4]["lr"] == entries[3]["lr"] and entries[3]["loss"] is None
-    [event] = read_log(tmp_path, "event")
+    [_, event] = read_log(tmp_path, "event")
     assert (event["what"], event["epoch"], event["slot"]) == ("skipped", 0, 3)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["skipped_updates"], metrics["rollbacks"]) == (1, 0)
@@ -69,7 +69,7 @@ def test_gradient_or_loss_alone(cli, spoil, read_log, tmp_path, how):
     }
     spoil({1}, ways[how])
     assert cli("--output", tmp_path, *OPTIONS).status == 0
-    assert [event["what"] for event in read_log(tmp_path, "event")] == ["skipped"]
+    assert [event["what"] for event in read_log(tmp_path, "event")] == ["started", "skipped"]
     assert [entry["update"] for entry in read_log(tmp_path, "train")][:3] == [1, 1, 2]
 
 
@@ -99,7 +99,7 @@ def test_running_statistics_do_not_move(cli, tiny_cfg, read_log, state_of, tmp_p
     file = tmp_path / "resnet.yaml"
     file.write_text(yaml.safe_dump(config))
     assert cli("--output", tmp_path / "run", *OPTIONS, cfg=file).status == 0
-    assert [event["what"] for event in read_log(tmp_path / "run", "event")] == ["skipped"]
+    assert [event["what"] for event in read_log(tmp_path / "run", "event")] == ["started", "skipped"]
     end = state_of(tmp_path / "run/checkpoints/last")
     assert all(value.isfinite().all() for value in end.values())
     assert end["model/bn1.num_batches_tracked"] == end["model_ema/bn1.num_batches_tracked"] == 9
@@ -110,8 +110,8 @@ def test_roll_back_and_go_on(cli, spoil, read_log, state_of, tmp_path):
     spoil({3, 4}, lambda loss: loss * math.nan)
     outcome = cli("--output", tmp_path, *OPTIONS)
     assert outcome.status == 0, outcome
-    assert [event["what"] for event in read_log(tmp_path, "event")] == ["skipped", "skipped", "rolled_back"]
-    assert read_log(tmp_path, "event")[2]["to"] == "epoch_0000_update_000002"
+    assert [event["what"] for event in read_log(tmp_path, "event")] == ["started", "skipped", "skipped", "rolled_back"]
+    assert read_log(tmp_path, "event")[3]["to"] == "epoch_0000_update_000002"
     # 3 updates before, 2 skipped, back to 2, then the 5 of the second epoch
     assert [entry["update"] for entry in read_log(tmp_path, "train")] == [1, 2, 3, 3, 2, 3, 4, 5, 6, 7]
     back, end = (state_of(tmp_path / "checkpoints" / name) for name in ("epoch_0000_update_000002", "epoch_0001"))

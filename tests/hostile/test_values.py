@@ -12,7 +12,7 @@ from ssm_models import CheckpointError, DenseBackbone, load_checkpoint
 from ssm_models.checkpoint import describe_values
 from ssm_models.layers.pos_embed import resize_pos_embed
 from ssm_train.common.errors import UserError
-from ssm_train.step.model import Pretrained, load_pretrained
+from ssm_train.step.pretrained import Pretrained, load_pretrained
 
 NAME = "classifier.head.weight"
 
@@ -124,7 +124,7 @@ def test_the_command(cli, fails, weights, tmp_path):
 def test_no_command_names_a_flag_that_it_has_not(weights, tmp_path):
     save_file({**weights, NAME: weights[NAME] * math.nan}, tmp_path / "a.safetensors")
     with pytest.raises(UserError) as caught:
-        load_pretrained(model(), Pretrained(tmp_path / "a.safetensors"), option="--checkpoint")
+        load_pretrained(model(), Pretrained(tmp_path / "a.safetensors"), option="DISTILL.WEIGHTS")
     assert "are not finite" in str(caught.value) and "allow" not in str(caught.value)
 
 

@@ -131,6 +131,12 @@ class Checkpoint:
         raise UserError(f"{self.folder / TRAIN_STATE} holds no state of a training; use another checkpoint")
 
 
+def best_or_itself(path: Path) -> Path:
+    """The best checkpoint of the run folder `path`, else `path` itself."""
+    best = path / "checkpoints" / "best"
+    return best if (best / META).is_file() else path
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint folder (or a link to one) and verify every file. UserError says what is missing or damaged."""
     try:

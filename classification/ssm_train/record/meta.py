@@ -36,6 +36,11 @@ _FIELDS = {
     "images_per_update": int,
     "data": ({"train": _SPLIT, "val": _SPLIT}, None),  # None: not recorded, as in format 0
     "config": str,
+    "command": str,  # of the process that wrote it
+    "pretrained": (
+        {"name": str, "file": str, "entry": str, "sha256": str, "fresh_classifier": (True, False)},
+        None,
+    ),  # the weights the run started from
     "versions": _Map(str),
 }
 
@@ -54,6 +59,8 @@ def parse_meta(text: bytes) -> dict[str, Any]:
     if isinstance(meta, dict):
         if "format" not in meta:
             meta |= {"format": FORMAT, "data": None}
+        # of runs that began before these were kept
+        meta = {"command": "", "pretrained": None, **meta}
         if meta["format"] != FORMAT:
             raise UserError(f"has format {meta['format']!r}, but this version reads up to {FORMAT}: use a newer one")
     fault = _fault(meta, _FIELDS, "") or _contradiction(meta)
@@ -78,7 +85,7 @@ def _fault(value: Any, kind: Any, where: str) -> str:
     if isinstance(kind, tuple) and not isinstance(kind, _Map):
         faults = [_fault(value, each, where) for each in kind]
         return "" if "" in faults else faults[0]
-    if kind is None or isinstance(kind, str):
+    if kind is None or isinstance(kind, (str, bool)):
         return "" if value == kind and type(value) is type(kind) else f"{where} is {value!r:.40}"
     if kind is float:
         number = type(value) in (int, float) and math.isfinite(value) and abs(value) < _LARGEST

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode as CN
 
+from ssm_models.printable import printable
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import to_json, write_atomic
@@ -94,6 +95,18 @@ def description(cfg: CN, world: World, network: nn.Module, amp: str) -> dict[str
         "amp": amp,
         "versions": versions(),
     }
+
+
+def origin(command: str, pretrained: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Where results come from: the command line, and the record of the weights it began with (`Loaded.record`)."""
+    return {"command": command, "pretrained": pretrained}
+
+
+def with_origin(text: str, command: str, pretrained: Mapping[str, Any] | None) -> str:
+    """A config as text, with its origin before it: comments, so that the file remains one for --cfg."""
+    lines = [f"command: {command}", f"weights: {'random' if pretrained is None else to_json(pretrained)}"]
+    # a name may hold any character, also ones that end a line
+    return "".join(f"# {printable(line)}\n" for line in lines) + text
 
 
 def training_metrics(results: Results, common: dict[str, Any]) -> dict[str, Any]:

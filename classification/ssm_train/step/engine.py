@@ -19,6 +19,7 @@ from ssm_train.common.distributed import World
 from ssm_train.common.precision import autocast
 from ssm_train.step.ema import Average
 from ssm_train.step.losses import Criterion
+from ssm_train.step.pretrained import Loaded
 from ssm_train.step.schedule import Schedule
 
 
@@ -36,6 +37,7 @@ class Training:
     criterion: Criterion
     amp: str
     clip_grad: float
+    loaded: Loaded | None = None  # what it started from, in this process
     updates: int = 0  # optimizer updates made
     train_images: int = 0  # over all ranks
     train_seconds: float = 0.0

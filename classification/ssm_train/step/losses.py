@@ -15,7 +15,8 @@ from yacs.config import CfgNode as CN
 
 from ssm_train.common.errors import UserError
 from ssm_train.common.precision import autocast, resolve_amp
-from ssm_train.step.model import Pretrained, check_model_name, load_pretrained
+from ssm_train.step.model import check_model_name
+from ssm_train.step.pretrained import Pretrained, load_pretrained
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]  # images (B, 3, S, S), normalised as ours -> fp32 logits (B, K)
 
@@ -131,9 +132,9 @@ def load_teacher(cfg: CN, device: torch.device) -> Teacher:
     if not weights:
         raise UserError(f"DISTILL.TEACHER {name} has no weights: give its .safetensors or .pth file as DISTILL.WEIGHTS")
     network = timm.create_model(name, num_classes=cfg.MODEL.NUM_CLASSES).requires_grad_(False).eval()
-    file = load_pretrained(network, Pretrained(Path(weights)), option="DISTILL.WEIGHTS")
-    # a checkpoint folder was written by this trainer, whatever others trained the same network on
-    scale, shift = _renormalisation(network) if file == Path(weights) else (torch.tensor(1.0), torch.tensor(0.0))
+    loaded = load_pretrained(network, Pretrained(Path(weights)), option="DISTILL.WEIGHTS")
+    # what this trainer wrote has its statistics, whatever others trained the same network on
+    scale, shift = (torch.tensor(1.0), torch.tensor(0.0)) if loaded.ours else _renormalisation(network)
     scale, shift = scale.to(device), shift.to(device)
     network.to(device)
     amp = resolve_amp(cfg.AMP, device)

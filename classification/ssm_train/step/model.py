@@ -1,22 +1,14 @@
-"""From a config to a network: timm's registry, starting weights, and which parts do not train."""
+"""From a config to a network: timm's registry, and which parts do not train."""
 
 import difflib
-from pathlib import Path
-from typing import NamedTuple
 
 import timm
-from timm.models._manipulate import adapt_input_conv, group_with_matcher
+from timm.models._manipulate import group_with_matcher
 from torch import nn
 from yacs.config import CfgNode as CN
 
-import ssm_models
-from ssm_models.weights import is_path
+import ssm_models  # noqa: F401  registers its models
 from ssm_train.common.errors import UserError
-from ssm_train.config.defaults import channels, replaced
-from ssm_train.record.checkpoint import META, read_checkpoint
-
-# how messages of ssm_models call what the command line has flags for
-_FLAGS = {"; new_head=True": "; --new-head", "; allow_nonfinite=True": "; --allow-nonfinite"}
 
 # the mark of modules that stay in evaluation mode
 _FROZEN = "frozen_by_config"
@@ -52,65 +44,6 @@ def build_model(cfg: CN) -> nn.Module:
     if cfg.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing(True)
     return model
-
-
-class Pretrained(NamedTuple):
-    """Weights to start from: a checkpoint folder of ours, a .safetensors file, an official .pth file, or a name of the
-    table of published weights."""
-
-    path: Path
-    which: str = "auto"
-    """"model" or "ema"; "auto" takes the set that validated better, of a name the one it is published for."""
-    new_head: bool = False
-    """All but the classifier, for other classes."""
-    allow_nonfinite: bool = False
-
-
-def load_pretrained(model: nn.Module, weights: Pretrained, option: str = "--pretrained") -> Path:
-    """Load weights strictly. Returns the file or name. UserError says what is wrong with the value of `option`, naming
-    the first differing keys."""
-    path, which = weights.path, weights.which
-    if (path / META).is_file():
-        path, which = read_checkpoint(path).file_of(which), "auto"
-    if is_path(path) and not path.is_file():
-        raise UserError(
-            f"{option} {path} is neither a checkpoint folder nor a file; give a .safetensors or .pth, or a name that "
-            "`python -m ssm_models` lists"
-        )
-    try:
-        ssm_models.load_checkpoint(
-            model, path, which=which, new_head=weights.new_head, allow_nonfinite=weights.allow_nonfinite
-        )
-    except ssm_models.CheckpointError as error:
-        message = str(error)
-        for argument, flag in _FLAGS.items():
-            message, found, rest = message.partition(argument)
-            # other options have no such flags
-            message += f"{flag}{rest}" if found and option == "--pretrained" else ""
-        raise UserError(message) from error
-    return path
-
-
-def start_from(model: nn.Module, cfg: CN, weights: Pretrained) -> Path:
-    """`load_pretrained`; a grey network takes the weights of one for RGB, too, with the filters of its first layer
-    summed over the colours: for a grey image in RGB they give the same (timm's rule)."""
-    try:
-        return load_pretrained(model, weights)
-    except UserError as error:
-        if channels(cfg) == 3:
-            raise
-        colour = build_model(replaced(cfg, {"MODEL.KWARGS.in_chans": 3}))
-        try:
-            file = load_pretrained(colour, weights)
-        except UserError:
-            raise error from None
-    own = model.state_dict()
-    summed = {
-        name: value if value.shape == own[name].shape else adapt_input_conv(channels(cfg), value)
-        for name, value in colour.state_dict().items()
-    }
-    model.load_state_dict(summed)
-    return file
 
 
 def freeze(model: nn.Module, cfg: CN) -> None:
