@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from analyze import inputs
+from analyze import image_files, inputs
 from analyze.attention import sources
 from analyze.figures import check_png, save_figure
 from ssm_models.layers.pos_embed import class_token_rows
@@ -239,8 +239,12 @@ def attnmap(args: argparse.Namespace) -> None:
     """The command. Raises UserError."""
     check_png(args.out)
     device = inputs.find_device(args.device)
-    decoder = inputs.image_decoder(args.checkpoint, args.range)
-    image = inputs.sample_images(decoder)[_EXAMPLE] if args.image is None else inputs.read_image(args.image, decoder)
+    decoder = image_files.image_decoder(args.checkpoint, args.range)
+    image = (
+        image_files.sample_images(decoder)[_EXAMPLE]
+        if args.image is None
+        else image_files.read_image(args.image, decoder)
+    )
     x, y = args.query or (image.width // 2, image.height // 2)
     if not (0 <= x < image.width and 0 <= y < image.height):
         raise UserError(f"--query {x} {y} is outside of the image, which has {image.width}x{image.height} pixels")
@@ -250,7 +254,7 @@ def attnmap(args: argparse.Namespace) -> None:
     block = find_mixer(model, args.stage, args.block)[1]
     shorter = min(inputs.image_size(None, name, args.checkpoint)) if args.size is None else args.size
     height, width = size_for(image, model, name, shorter)
-    tensor = inputs.to_tensor(image, name, (height, width)).to(device)
+    tensor = image_files.to_tensor(image, name, (height, width)).to(device)
     at = (x + 0.5, y + 0.5)  # the middle of the pixel
     shares = (at[0] / image.width, at[1] / image.height)
     found = attention_maps(model, tensor, shares, args.stage, block, args.mode, args.routes)
@@ -280,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="pixels of the image's shorter side (the run's or the model's)")
     parser.add_argument("--out", type=Path, default=Path("attnmap.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
-    inputs.add_range_argument(parser)
+    image_files.add_range_argument(parser)
     args = parser.parse_args(argv)
     return run(lambda: attnmap(args))
 

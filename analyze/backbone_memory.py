@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from analyze.inputs import find_device
+from analyze.inputs import check_writable, find_device
 from analyze.memory import peak_bytes
 from analyze.tables import write_csv
 from ssm_mm.packages import require
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> None:
+        check_writable(args.out)
         rows = measure(args.models, tuple(args.size), find_device(args.device))
         for row in rows:
             print(f"{row['backbone']:24} {row['parameters'] / 1e6:6.1f} M parameters  {row['peak_mib']:8.1f} MiB")

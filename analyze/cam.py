@@ -25,7 +25,7 @@ from pytorch_grad_cam import EigenCAM, GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
-from analyze import inputs
+from analyze import image_files, inputs
 from analyze.figures import check_png, save_figure
 from analyze.predict import class_names
 from ssm_models import VisionMamba
@@ -181,10 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, nargs="+", metavar="H [W]", help="for the model (the run's or the model's)")
     parser.add_argument("--out", type=Path, default=Path("cam.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
-    inputs.add_range_argument(parser)
+    image_files.add_range_argument(parser)
     args = parser.parse_args(argv)
 
-    def command() -> None:
+    def command() -> int:
         check_png(args.out)
         device = inputs.find_device(args.device)
         name = inputs.model_name(args.model, args.checkpoint)
@@ -193,13 +193,13 @@ def main(argv: list[str] | None = None) -> int:
         asked = find_class(args.target, classes)
         layer = find_layer(model, args.layer)
         size = inputs.image_size(args.size, name, args.checkpoint)
-        decoder = inputs.image_decoder(args.checkpoint, args.range)
+        decoder = image_files.image_decoder(args.checkpoint, args.range)
         inputs.check_image_size(model, name, size, decoder.channels)
-        files = {str(path): inputs.read_image(path, decoder) for path in inputs.find_images(args.images)[:_MOST]}
-        images = files or inputs.sample_images(decoder)
+        files = image_files.Readable(image_files.find_images(args.images)[:_MOST], decoder)
+        images = dict(files) or image_files.sample_images(decoder)
         cams, targets, captions = [], [], []
         for path, image in inputs.progress(images.items(), "images", len(images)):
-            pixels = inputs.to_tensor(image, name, size).to(device)
+            pixels = image_files.to_tensor(image, name, size).to(device)
             with torch.no_grad():
                 shares = model(pixels)[0].softmax(-1)
             target = shares.argmax().item() if asked is None else asked
@@ -211,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         data = args.out.with_suffix(".npz")
         save(data, list(images), cams, targets)
         print(args.out, data, sep="\n")
+        return files.status
 
     return run(command)
 

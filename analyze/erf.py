@@ -26,7 +26,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from analyze import inputs
+from analyze import image_files, inputs
 from analyze.figures import check_png, colors_of, save_figure
 from analyze.tables import aligned, write_csv
 from ssm_train.common.command import run
@@ -133,9 +133,9 @@ def measure(
         model = inputs.load_model(name, checkpoint, args.which, args.allow_nonfinite).to(device)
         features = features_of(model, name, size)
         files = inputs.progress(paths, f"{name}, {weights}")
-        decoder = inputs.image_decoder(checkpoint, args.range)
-        pictures = (inputs.read_image(path, decoder) for path in files)
-        images = (inputs.to_tensor(picture, name, (size, size)).to(device) for picture in pictures)
+        decoder = image_files.image_decoder(checkpoint, args.range)
+        pictures = (image_files.read_image(path, decoder) for path in files)
+        images = (image_files.to_tensor(picture, name, (size, size)).to(device) for picture in pictures)
         fields.append(Field(name, weights, receptive_field(features, images)))
         _check(fields[-1])
     return fields
@@ -223,8 +223,8 @@ def _jobs(models: list[str], checkpoints: list[str] | None) -> list[tuple[str, P
     return [*((name, None) for name in models), *trained]
 
 
-def erf(args: argparse.Namespace) -> None:
-    """The command. Raises UserError."""
+def erf(args: argparse.Namespace) -> int:
+    """The command; returns the exit status. Raises UserError."""
     check_png(args.out)
     for option in ("size", "num"):
         if getattr(args, option) < 1:
@@ -232,8 +232,10 @@ def erf(args: argparse.Namespace) -> None:
     jobs, device = _jobs(args.models, args.checkpoints), inputs.find_device(args.device)
     if args.images is None:
         write_digits(_DIGITS)
-    paths = inputs.find_images(args.images or [_DIGITS / "val"])
+    paths = image_files.find_images(args.images or [_DIGITS / "val"])
     paths = random.Random(args.seed).sample(paths, min(args.num, len(paths)))
+    files = image_files.Readable(paths, image_files.image_decoder(jobs[-1][1], args.range))
+    paths = [Path(path) for path, _ in files]
     fields = measure(jobs, paths, args.size, device, args)
     print(table(fields), end="\n\n")
     save_figure(draw(fields, args.models, len(paths)), args.out)
@@ -241,6 +243,7 @@ def erf(args: argparse.Namespace) -> None:
     arrays = {field.model + ("" if field.weights == _RANDOM else "_trained"): field.values for field in fields}
     np.savez(args.out.with_suffix(".npz"), **arrays)
     print(args.out, *(args.out.with_suffix(suffix) for suffix in (".csv", ".npz")), sep="\n")
+    return files.status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of that draw (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("erf.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
-    inputs.add_range_argument(parser)
+    image_files.add_range_argument(parser)
     args = parser.parse_args(argv)
     return run(lambda: erf(args))
 

@@ -13,19 +13,19 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
 import torch
+from PIL import Image
 from timm.layers import set_exportable
 from torch import Tensor, nn
 
-from analyze import inputs
+from analyze import image_files, inputs
 from ssm_train.common.command import run
-from ssm_train.common.decode import Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import write_atomic
 
@@ -127,13 +127,12 @@ def export(
 
 
 def check_batches(
-    size: tuple[int, int], name: str, images: list[Path], decoder: Decoder = inputs.RGB
+    size: tuple[int, int], name: str, photographs: Collection[Image.Image], channels: int = 3
 ) -> dict[str, Tensor]:
-    """Noise and photographs (those of the user, else two that come with scikit-learn) in batches of `BATCHES`."""
+    """Noise and photographs in batches of `BATCHES`."""
     noise = torch.Generator().manual_seed(0)
-    real = [inputs.read_image(path, decoder) for path in images] or inputs.sample_images(decoder).values()
-    pixels = torch.cat([inputs.to_tensor(image, name, size) for image in real])
-    shape = (decoder.channels, *size)
+    pixels = torch.cat([image_files.to_tensor(image, name, size) for image in photographs])
+    shape = (channels, *size)
     batches = {f"noise, batch {count}": torch.randn(count, *shape, generator=noise) for count in BATCHES}
     for count in BATCHES:
         batches[f"images, batch {count}"] = pixels[torch.arange(count) % len(pixels)]
@@ -144,7 +143,7 @@ def describe(
     name: str, classes: int, size: tuple[int, int], channels: int, found: list[Difference], tolerance: float
 ) -> str:
     """What the JSON beside a file says."""
-    mean, std = inputs.statistics(name, channels)
+    mean, std = image_files.statistics(name, channels)
     colours = "RGB" if channels == 3 else "grey"
     preprocessing = {"layout": f"NCHW, {colours}, from 0 to 1, then (x - mean) / std"}
     preprocessing |= {"size": size, "mean": mean, "std": std}
@@ -162,23 +161,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="files or folders to compare on, up to 16")
     parser.add_argument("--out", type=Path, nargs="+", help=".onnx and .pt2 files to write (MODEL.onnx)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (%(default)g)")
-    inputs.add_range_argument(parser)
+    image_files.add_range_argument(parser)
     args = parser.parse_args(argv)
 
-    def command() -> None:
+    def command() -> int:
         name = inputs.model_name(args.model, args.checkpoint)
         paths = args.out or [Path(f"{name}.onnx")]
         wrong = [path for path in paths if path.suffix not in SUFFIXES]
         if wrong:
             raise UserError(f"--out {wrong[0]} does not end in {' or '.join(SUFFIXES)}")
+        for path in paths:
+            inputs.check_writable(path)
         eager = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite)
         with set_exportable(True):  # tells mixers to take the reference implementation
             plain = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite)
         if args.checkpoint is None:
             plain.load_state_dict(eager.state_dict())
         size = inputs.image_size(args.size, name, args.checkpoint)
-        decoder = inputs.image_decoder(args.checkpoint, args.range)
-        batches = check_batches(size, name, inputs.find_images(args.images)[:16], decoder)
+        decoder = image_files.image_decoder(args.checkpoint, args.range)
+        files = image_files.Readable(image_files.find_images(args.images)[:16], decoder)
+        photographs = dict(files) or image_files.sample_images(decoder)
+        batches = check_batches(size, name, photographs.values(), decoder.channels)
         inputs.check_image_size(eager, name, size, decoder.channels)
         print(f"tracing {name} at {size[0]}x{size[1]} pixels: this may take minutes for a large model", flush=True)
         program = trace(plain, size, decoder.channels)
@@ -190,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             for difference in found:
                 print(f"{difference.what:<16} largest difference {difference.largest:.1e}")
             print(path, report, sep="\n")
+        return files.status
 
     return run(command)
 

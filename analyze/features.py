@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode as CN
 
-from analyze import inputs
+from analyze import image_files, inputs
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import folder_lock, sync_folder, write_atomic, write_synced
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to continue")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
-    inputs.add_range_argument(parser)
+    image_files.add_range_argument(parser)
     args = parser.parse_args(argv)
 
     def command() -> None:

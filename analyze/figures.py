@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from analyze.inputs import make_folder
+from analyze.inputs import check_writable, make_folder
 from ssm_train.common.errors import UserError
 from ssm_train.record.curves import COLORS
 
@@ -40,9 +40,11 @@ def size_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def check_png(out: Path) -> None:
-    """UserError for an --out that is no .png: its name, with another ending, is that of the numbers beside it."""
+    """UserError for an --out that cannot be written, or is no .png: its name, with another ending, is that of the
+    numbers beside it."""
     if out.suffix != ".png":
         raise UserError(f"--out {out} does not end in .png")
+    check_writable(out)
 
 
 def save_figure(figure: Figure, out: Path) -> None:

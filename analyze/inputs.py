@@ -4,6 +4,7 @@ Everything that a user can get wrong raises UserError.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,31 +12,23 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, track
 from timm.data import create_transform, resolve_data_config
 from torch import nn
-from torchvision.transforms import functional as TF
 from yacs.config import CfgNode as CN
 
 from ssm_models import CheckpointError
 from ssm_models import read_checkpoint as read_weights
 from ssm_models.weights import is_path
-from ssm_train.common.decode import UNREADABLE, Decoder
 from ssm_train.common.errors import UserError
-from ssm_train.config.defaults import channels
 from ssm_train.config.load import parse_config
-from ssm_train.data.sources.base import read_range
 from ssm_train.data.transforms import Transform, eval_transform
 from ssm_train.record.checkpoint import META, best_or_itself, read_checkpoint
 from ssm_train.step.model import check_model_name
 from ssm_train.step.pretrained import Pretrained, load_pretrained, published
 
 T = TypeVar("T")
-
-RGB = Decoder(option="--range")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 def find_device(name: str) -> torch.device:
@@ -142,56 +135,6 @@ def _classes_in(file: Path, name: str) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are, and of folders all images below them, sorted. UserError where there is none."""
-    found = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise UserError(f"{path} does not exist: give an image or a folder of images")
-    return found
-
-
-def image_decoder(checkpoint: Path | None, asked: Sequence[float] | None = None) -> Decoder:
-    """How images are read for the model of a checkpoint: RGB, or grey as its run read them, and with the range of
-    `asked` (--range) or else of that run. UserError for what is no range."""
-    cfg = run_config(checkpoint)
-    if asked is not None and not asked[0] < asked[1]:
-        raise UserError(f"--range {asked[0]:g} {asked[1]:g}: the first value must be below the second")
-    of_run = None if cfg is None else tuple(cfg.DATA.RANGE) or None
-    return Decoder(3 if cfg is None else channels(cfg), of_run if asked is None else tuple(asked), "--range")
-
-
-def read_image(path: Path, decoder: Decoder = RGB) -> Image.Image:
-    """An image of any size and mode (grey, alpha, CMYK, palette, with a range also 16 bit and float) in 8 bits."""
-    try:
-        return decoder(read_range(path))
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-
-
-def to_tensor(image: Image.Image, name: str, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """RGB or grey image -> (1, C, H, W) fp32, normalised as model `name` was trained, resized to `size` (H, W) if
-    given."""
-    if size is not None:
-        image = TF.resize(image, list(size), TF.InterpolationMode.BICUBIC)
-    return TF.normalize(TF.to_tensor(image), *statistics(name, len(image.getbands())))[None]
-
-
-def statistics(name: str, count: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that model `name` was trained with; for grey images (`count` 1) the means of the
-    three."""
-    settings = timm.get_pretrained_cfg(name)
-    values = settings.mean, settings.std
-    return values if count == 3 else tuple((sum(value) / len(value),) for value in values)
-
-
 def image_size(asked: Sequence[int] | None, name: str, checkpoint: Path | None) -> tuple[int, int]:
     """(H, W): what the user asked for (H, or H and W), else that of the run, else the model's own."""
     cfg = run_config(checkpoint)
@@ -229,16 +172,6 @@ def evaluation_transform(name: str, checkpoint: Path | None, size: int | None = 
     return eval_transform(cfg)
 
 
-def sample_images(decoder: Decoder = RGB) -> dict[str, Image.Image]:
-    """The two photographs that come with scikit-learn, a temple and a flower (640x427), by file name, in the channels
-    of the decoder."""
-    from sklearn.datasets import load_sample_images  # takes a second to import, and few commands need it
-
-    found = load_sample_images()
-    names = [Path(name).name for name in found.filenames]
-    return {name: decoder.converted(Image.fromarray(pixels)) for name, pixels in zip(names, found.images, strict=True)}
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --checkpoint and what goes with it, for `model_name` and `load_model`."""
     parser.add_argument("--model", metavar="NAME", help="of timm's registry; runs of this repository know theirs")
@@ -259,17 +192,6 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-nonfinite", action="store_true", help="take weights with nan or infinity, too")
 
 
-def add_range_argument(parser: argparse.ArgumentParser) -> None:
-    """--range, for `image_decoder`."""
-    parser.add_argument(
-        "--range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values of black and white in images of more than 8 bits (the run's DATA.RANGE)",
-    )
-
-
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """`items`, with a bar on the terminal (stderr) while they are worked on."""
     return track(items, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
@@ -286,6 +208,17 @@ def at_least(lowest: float, **options: float | Iterable[float]) -> None:
         for value in given if isinstance(given, Iterable) else [given]:
             if not value >= lowest:
                 raise UserError(f"--{name} {value} must be at least {lowest}")
+
+
+def check_writable(out: Path) -> None:
+    """UserError for an output that could not be written after the work, before it."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: choose another path")
+    folder = next(parent for parent in out.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: {folder} is no folder that can be written to; choose another path")
+    if out.exists() and not os.access(out, os.W_OK):
+        raise UserError(f"--out {out} cannot be overwritten; choose another path")
 
 
 def make_folder(folder: Path) -> Path:

@@ -21,13 +21,12 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from analyze import inputs
+from analyze import image_files, inputs
 from analyze.figures import check_png, save_figure
 from analyze.predictions import Tile, denormalise, draw_sheet
 from analyze.tables import write_csv
 from ssm_models.printable import printable
 from ssm_train.common.command import run
-from ssm_train.common.decode import Decoder
 from ssm_train.common.errors import UserError
 from ssm_train.data.build import scan_split
 from ssm_train.data.transforms import Transform
@@ -81,16 +80,6 @@ def predict(
             yield Answer(name, *answer)
 
 
-def readable(paths: Iterable[Path], decoder: Decoder, unreadable: list[str]) -> Iterator[tuple[str, Image.Image]]:
-    """(path, image) of the files that can be read; the others are reported on stderr and added to `unreadable`."""
-    for path in paths:
-        try:
-            yield str(path), inputs.read_image(path, decoder)
-        except UserError as error:
-            unreadable.append(str(error))
-            print(error, file=sys.stderr)
-
-
 def draw(answers: list[Answer], names: list[str], model: str, title: str) -> Figure:
     """The sheet: above every image its most probable classes, below it the name of its file."""
     tiles = []
@@ -99,7 +88,7 @@ def draw(answers: list[Answer], names: list[str], model: str, title: str) -> Fig
         caption = "\n".join(
             f"{_short(names[index])}  {share:{'.0%' if share >= 0.1 else '.1%'}}" for index, share in best
         )
-        pixels = denormalise(answer.pixels, *inputs.statistics(model, len(answer.pixels)))
+        pixels = denormalise(answer.pixels, *image_files.statistics(model, len(answer.pixels)))
         tiles.append(Tile(pixels, caption, note=_short(Path(answer.image).name)))
     return draw_sheet(tiles, title)
 
@@ -130,10 +119,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="side of the images in pixels (the run's or the model's)")
     parser.add_argument("--out", type=Path, default=Path("predict.png"), help="PNG to write (%(default)s)")
     parser.add_argument("--device", default="", help="cuda or cpu; cuda where there is one")
-    inputs.add_range_argument(parser)
+    image_files.add_range_argument(parser)
     args = parser.parse_args(argv)
 
-    def command() -> None:
+    def command() -> int:
         if args.top < 1:
             raise UserError(f"--top is {args.top}, but it must be at least 1")
         check_png(args.out)
@@ -142,19 +131,17 @@ def main(argv: list[str] | None = None) -> int:
         model = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite).to(device)
         names = class_names(model.num_classes, args.checkpoint, args.classes)
         transform = inputs.evaluation_transform(name, args.checkpoint, args.size)
-        decoder = inputs.image_decoder(args.checkpoint, args.range)
+        decoder = image_files.image_decoder(args.checkpoint, args.range)
         if args.size is not None:
             inputs.check_image_size(model, name, (args.size, args.size), decoder.channels)
-        paths = inputs.find_images(args.images)
-        files = readable(paths, decoder, unreadable)
-        images = files if paths else iter(inputs.sample_images(decoder).items())
+        paths = image_files.find_images(args.images)
+        files = image_files.Readable(paths, decoder)
+        images = iter(files) if paths else iter(image_files.sample_images(decoder).items())
         answers = []
         for answer in inputs.progress(
             predict(model, transform, images, min(args.top, len(names))), "images", len(paths)
         ):
             answers.append(answer if len(answers) < _ON_SHEET else answer._replace(pixels=answer.pixels.new_empty(0)))
-        if not answers:
-            raise UserError(f"none of the {len(paths)} images is readable, e.g. {unreadable[0]}")
         title = f"{name}{' with random weights' if args.checkpoint is None else ''}: most probable classes"
         save_figure(draw(answers[:_ON_SHEET], names, name, title), args.out)
         table = args.out.with_suffix(".csv")
@@ -162,9 +149,9 @@ def main(argv: list[str] | None = None) -> int:
         best = answers[0]
         line = f"{best.image}: {names[best.classes[0]]} {best.probabilities[0]:.1%}"
         print(printable(line), args.out, table, sep="\n")
+        return files.status
 
-    unreadable: list[str] = []
-    return run(command) or int(bool(unreadable))
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import ssm_ops
-from analyze import attnmap
+from analyze import attnmap, image_files
 from analyze.attention import MODES, Scan, recorded, sources
 from ssm_models.layers.attention import Attention
 from ssm_models.layers.bimamba import BiMamba
@@ -311,7 +311,7 @@ def test_command(model, routes, photo, tmp_path, capsys):
     # what is written are the model's maps
     torch.manual_seed(0)
     net = timm.create_model(model).eval()
-    tensor = attnmap.inputs.to_tensor(attnmap.inputs.read_image(photo), model, (32, 48))
+    tensor = image_files.to_tensor(image_files.read_image(photo), model, (32, 48))
     found = attnmap.attention_maps(net, tensor, (49.5 / 50, 0.5 / 34))
     assert np.array_equal(written["CwBdtw_a0"], found.maps["CwBdtw"]["a0"]) and written["CwBdtw_a0"].any()
 
@@ -331,7 +331,7 @@ def test_checkpoints(photo, tmp_path, capsys):
     torch.save({"model": net.state_dict()}, file)
     args = ["--image", str(photo), "--checkpoint", str(file), "--out", str(out)]
     assert attnmap.main([*args, "--model", "vmamba_nano"]) == 0
-    tensor = attnmap.inputs.to_tensor(attnmap.inputs.read_image(photo), "vmamba_nano", (32, 48))
+    tensor = image_files.to_tensor(image_files.read_image(photo), "vmamba_nano", (32, 48))
     found = attnmap.attention_maps(net, tensor, (25.5 / 50, 17.5 / 34))
     assert np.array_equal(np.load(out.with_suffix(".npz"))["CB_all"], found.maps["CB"]["all"])
     capsys.readouterr()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import cam
+from analyze import cam, image_files
 from analyze.inputs import build_model
 from ssm_train.common.errors import UserError
 
@@ -114,7 +114,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     image.save(tmp_path / "grey.png")
     line = ["--model", "vssd_nano", "--images", str(tmp_path / "grey.png"), "--size", *map(str, SIZE)]
     out = tmp_path / "deep" / "cam.png"
-    pixels = cam.inputs.to_tensor(image.convert("RGB"), "vssd_nano", SIZE)
+    pixels = image_files.to_tensor(image.convert("RGB"), "vssd_nano", SIZE)
     with torch.inference_mode():
         predicted = model(pixels).argmax().item()
     for more, target in (([], predicted), (["--class", "class 7"], 7), (["--class", "2"], 2)):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import erf
+from analyze import erf, image_files
 from ssm_train.common.errors import UserError
 
 
@@ -133,7 +133,7 @@ def test_command(photos, tmp_path, capsys):
     fields = np.load(out.with_suffix(".npz"))
     assert sorted(fields.files) == ["vmamba_nano", "vssd_nano", "vssd_nano_trained"]
     paths = sorted(photos.iterdir())
-    pictures = [erf.inputs.to_tensor(erf.inputs.read_image(path), "vssd_nano", (48, 48)) for path in paths]
+    pictures = [image_files.to_tensor(image_files.read_image(path), "vssd_nano", (48, 48)) for path in paths]
     expected = erf.receptive_field(erf.features_of(trained, "vssd_nano", 48), pictures)
     np.testing.assert_allclose(fields["vssd_nano_trained"], expected, rtol=1e-4, atol=1e-6 * expected.max())
     assert not np.allclose(fields["vssd_nano"], expected, rtol=0.1, atol=0)

@@ -106,7 +106,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     settings = report["preprocessing"]
     pixels = np.asarray(photo.convert("RGB").resize((6, 8), Image.Resampling.BICUBIC)) / 255
     image = torch.tensor((pixels - settings["mean"]) / settings["std"]).permute(2, 0, 1).float()
-    batches = export.check_batches((8, 6), "vmamba_nano", [tmp_path / "grey.png"])
+    batches = export.check_batches((8, 6), "vmamba_nano", [photo.convert("RGB")])
     torch.testing.assert_close(batches["images, batch 3"], image.expand(3, -1, -1, -1))
     assert capsys.readouterr().out.endswith(f"{out}\n{out}.json\n")
 

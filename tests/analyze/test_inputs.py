@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from analyze import inputs
+from analyze import image_files, inputs
 from ssm_train.common.command import run as run_command
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import default_config
@@ -87,32 +87,32 @@ def test_images_of_any_mode(tmp_path):
         ("16bit.png", Image.fromarray(grey.astype(np.uint16) * 256 + 70), np.stack([grey] * 3, 2)),
     ):
         image.save(tmp_path / name)
-        found = inputs.read_image(tmp_path / name, inputs.image_decoder(None, (0, 255 * 256)))
+        found = image_files.read_image(tmp_path / name, image_files.image_decoder(None, (0, 255 * 256)))
         assert found.mode == "RGB" and found.size == (4, 3)
         np.testing.assert_array_equal(np.asarray(found), expected, err_msg=name)
     with pytest.raises(UserError, match=r"16bit.png cannot be read as an image: .*mode I;16 .*by --range"):
-        inputs.read_image(tmp_path / "16bit.png")
+        image_files.read_image(tmp_path / "16bit.png")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.PNG").write_bytes(b"damaged")
     (tmp_path / "deep" / "notes.txt").write_text("")
-    names = [path.name for path in inputs.find_images([tmp_path / "grey.png", tmp_path])]
+    names = [path.name for path in image_files.find_images([tmp_path / "grey.png", tmp_path])]
     assert names == ["grey.png", "16bit.png", "alpha.png", "cmyk.tif", "a.PNG", "grey.png", "palette.png"]
     with pytest.raises(UserError, match=r"a\.PNG cannot be read as an image"):
-        inputs.read_image(tmp_path / "deep" / "a.PNG")
+        image_files.read_image(tmp_path / "deep" / "a.PNG")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no images"):
-        inputs.find_images([tmp_path / "empty"])
+        image_files.find_images([tmp_path / "empty"])
 
 
 def test_pixels(run):
     """Resizing, cropping and normalising, as trained (a run), as published (a model) or as asked."""
     folder, _, cfg = run
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8))
-    pixels = inputs.to_tensor(image, "vmamba_nano", (20, 30))
+    pixels = image_files.to_tensor(image, "vmamba_nano", (20, 30))
     resized = np.asarray(image.resize((30, 20), Image.Resampling.BICUBIC)) / 255
     expected = torch.tensor((resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).permute(2, 0, 1)[None].float()
     torch.testing.assert_close(pixels, expected)
-    assert inputs.to_tensor(image, "vmamba_nano").shape == (1, 3, 70, 100)
+    assert image_files.to_tensor(image, "vmamba_nano").shape == (1, 3, 70, 100)
     assert torch.equal(inputs.evaluation_transform("vmamba_nano", folder)(image), eval_transform(cfg)(image))
     assert inputs.evaluation_transform("vmamba_nano", folder, 24)(image).shape == (3, 24, 24)
     published = timm.data.create_transform((3, 224, 224), interpolation="bicubic", crop_pct=0.875)

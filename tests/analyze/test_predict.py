@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import cam, erf, predict
+from analyze import predict
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import default_config
 
@@ -106,18 +106,3 @@ def test_mistakes(arguments, message, capsys):
     assert predict.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", [predict, cam, erf])
-def test_outputs_that_cannot_be_written(command, tmp_path, capsys):
-    """One line, whatever is in the way: a folder in the place of the picture, a file in that of its folder."""
-    (tmp_path / "taken.png").mkdir()
-    (tmp_path / "file").write_text("mine")
-    arguments = {predict: [], cam: [], erf: ["--num", "1", "--size", "32"]}[command]
-    models = ["--models" if command is erf else "--model", "vmamba_nano"]
-    for out in (tmp_path / "taken.png", tmp_path / "file/below.png"):
-        assert command.main([*models, *arguments, "--device", "cpu", "--out", str(out)]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1, error
-        assert str(out) in error or str(out.parent) in error
-    assert (tmp_path / "file").read_text() == "mine"

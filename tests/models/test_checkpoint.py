@@ -117,7 +117,8 @@ def test_files(form, nano, tmp_path):
     report = load_checkpoint(fresh, path, which)
     assert all(torch.equal(v, state[k]) for k, v in fresh.state_dict().items())
     entries = {"model": "model", "module": "state_dict", "detector": "state_dict", "ema": "model_ema"}
-    assert (report.entry, report.fresh, report.left_out) == (entries.get(form, ""), (), ("neck.w",) if form == "detector" else ())
+    beside = ("neck.w",) if form == "detector" else ()
+    assert (report.entry, report.fresh, report.left_out) == (entries.get(form, ""), (), beside)
 
 
 def test_a_checkpoint_for_another_model_names_the_first_differences(nano, tmp_path):

@@ -19,17 +19,17 @@ _INTERRUPTED = 130  # what shells report of a program that Ctrl-C has ended
 _OURS = ("ssm_ops", "ssm_models", "ssm_train", "ssm_mm", "detection", "segmentation", "analyze")
 
 
-def run(command: Callable[[], None]) -> int:
-    """Run a command; returns its exit status: 0, also where it was asked to stop and saved; 130 after Ctrl-C that saved
-    nothing; or 2 after the one line of a UserError, or of a file that cannot be written or read. Of several processes,
-    one a machine speaks."""
+def run(command: Callable[[], int | None]) -> int:
+    """Run a command; returns its exit status: its own, else 0, also where it was asked to stop and saved; 130 after
+    Ctrl-C that saved nothing; or 2 after the one line of a UserError, or of a file that cannot be written or read. Of
+    several processes, one a machine speaks."""
     for stream in (sys.stdout, sys.stderr):
         # a name that the terminal's encoding does not have must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         check_checkout()
-        command()
+        status = command()
     except Preempted as stopped:
         if is_local_main():
             print(stopped)
@@ -50,7 +50,7 @@ def run(command: Callable[[], None]) -> int:
         else:
             raise
     else:
-        return 0
+        return status or 0
     if is_local_main():
         print(f"error: {message}", file=sys.stderr)
     else:
