@@ -31,7 +31,8 @@ def train_parser(prog: str, description: str) -> argparse.ArgumentParser:
 def test_parser(prog: str, description: str, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("config", help="the config that the checkpoint was trained with")
-    parser.add_argument("checkpoint", help="weights of the whole model")
+    parser.add_argument("checkpoint", help="weights of the whole model: a file, or a published name")
+    add_weights_arguments(parser)
     parser.add_argument("--work-dir", help="for the metrics (work_dirs/<name of the config>)")
     parser.add_argument("--out", help=out)
     parser.add_argument("--show", action="store_true", help="open windows with the predictions")
@@ -40,6 +41,14 @@ def test_parser(prog: str, description: str, out: str) -> argparse.ArgumentParse
     parser.add_argument("--tta", action="store_true", help="average over flips (segmentation: and scales)")
     _add_common(parser)
     return parser
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """What goes with a checkpoint, see `checkpoints.Options`."""
+    parser.add_argument(
+        "--which", choices=("auto", "model", "ema"), default="auto", help="plain or averaged weights (averaged)"
+    )
+    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights with nan or infinity, too")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

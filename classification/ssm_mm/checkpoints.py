@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -75,9 +75,25 @@ def newest_readable(folder: Path) -> Path | None:
     return None
 
 
-def load_strictly(model: nn.Module, path: str | Path) -> None:
+class Options(NamedTuple):
+    """How weights are taken from a checkpoint."""
+
+    which: str = "auto"
+    """"model" or "ema" where a training kept averaged weights, too; "auto" takes those, as mmengine does."""
+    allow_nonfinite: bool = False
+    """Take weights with nan or infinity, too."""
+
+
+_DEFAULT = Options()
+
+
+def load_strictly(model: nn.Module, path: str | Path, options: Options) -> None:
     """Load a detector or segmentor. UserError names the first differing keys."""
-    model.load_state_dict(fitting_weights(model, path))
+    content = read(path)
+    model.load_state_dict(fit(model, content, path, options))
+    if "ema_state_dict" in content:
+        taken = "plain" if options.which == "model" else "averaged"
+        print(f"checkpoint {path} holds plain and averaged weights, taken: {taken}")
 
 
 def fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
@@ -85,9 +101,24 @@ def fitting_weights(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
     return fit(model, read(path), path)
 
 
-def fit(model: nn.Module, content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
+def _set(content: dict[str, Any], path: str | Path, which: str) -> Any:
+    """The weights that `which` means."""
+    averaged, plain_ones = content.get("state_dict", content), content.get("ema_state_dict")
+    if plain_ones is None:
+        if which == "ema":
+            raise UserError(f"checkpoint {path} has no averaged weights: use --which model")
+        return averaged
+    # mmengine exchanges the two before it saves, so that the averaged ones are what everybody loads
+    if which != "model":
+        return averaged
+    if not isinstance(plain_ones, dict):
+        raise UserError(f"checkpoint {path} holds a {type(plain_ones).__name__} as its plain weights")
+    return {name: value for name, value in plain_ones.items() if name != "steps"}
+
+
+def fit(model: nn.Module, content: dict[str, Any], path: str | Path, options: Options = _DEFAULT) -> dict[str, Tensor]:
     """`fitting_weights` of the content that `path` was read to."""
-    weights = content.get("state_dict", content)
+    weights = _set(content, path, options.which)
     named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
     if not weights or not named or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"checkpoint {path} holds no state_dict, but: {', '.join(map(str, list(content)[:8]))}")
@@ -99,7 +130,7 @@ def fit(model: nn.Module, content: dict[str, Any], path: str | Path) -> dict[str
     unneeded = getattr(model.backbone, "unneeded", ())
     weights = {**{f"backbone.{name}": value for name, value in own.items() if name not in unneeded}, **rest}
     own = model.state_dict()
-    difference = describe_difference(weights, own) or describe_values(weights, own)
+    difference = describe_difference(weights, own) or describe_values(weights, own, options.allow_nonfinite)
     if difference:
         raise UserError(f"checkpoint {path} does not fit this {type(model).__name__}: {difference}")
     return weights

@@ -11,6 +11,7 @@ from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS
 
 from ssm_mm import checkpoints
+from ssm_mm.arguments import add_weights_arguments
 from ssm_mm.config import leave_out_backbone_weights, read_config
 from ssm_mm.config_parts import plain_datasets, type_name
 from ssm_train.common.errors import UserError
@@ -21,6 +22,7 @@ def demo_parser(prog: str, what: str) -> argparse.ArgumentParser:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     parser.add_argument("--config", required=True, help="the config that the checkpoint was trained with")
     parser.add_argument("--checkpoint", required=True, help="weights of the whole model")
+    add_weights_arguments(parser)
     parser.add_argument("--out-dir", type=Path, default=Path("demo"), help="folder for the pictures (demo)")
     parser.add_argument("--device", default="", help="cpu or cuda (CUDA where there is one)")
     return parser
@@ -42,7 +44,7 @@ def draw_predictions(args: argparse.Namespace, **drawing) -> list[Path]:
     cfg = read_config(args.config)
     leave_out_backbone_weights(cfg)
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    checkpoints.load_strictly(model, args.checkpoint)
+    checkpoints.load_strictly(model, args.checkpoint, checkpoints.Options(args.which, args.allow_nonfinite))
     model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
     visualizer = VISUALIZERS.build(cfg.visualizer)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 
-from ssm_mm.checkpoints import fitting_weights, load_strictly
+from ssm_mm.checkpoints import Options, fitting_weights, load_strictly
 from ssm_mm.config import training_config
 from ssm_mm.fits_model import FitsModel
 from ssm_mm.profile import StepProfile, prepare_profile
@@ -55,10 +55,11 @@ def joined_processes(launcher: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def run_test(cfg: Config, checkpoint: str) -> dict[str, float]:
-    """Evaluate `checkpoint` with a config of `testing_config`; returns the metrics. UserError if it does not fit."""
+def run_test(cfg: Config, args: argparse.Namespace) -> dict[str, float]:
+    """Evaluate the checkpoint of `args` with a config of `testing_config`; returns the metrics. UserError where it does
+    not fit."""
     with joined_processes(cfg.launcher):
         runner = DataRunner.from_cfg(cfg)
-        load_strictly(unwrapped(runner.model), checkpoint)
+        load_strictly(unwrapped(runner.model), args.checkpoint, Options(args.which, args.allow_nonfinite))
         runner.register_hook(FitsModel())
         return runner.test()

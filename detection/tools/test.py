@@ -39,7 +39,7 @@ def test(argv: list[str] | None) -> None:
         if not args.out.endswith((".pkl", ".pickle")):
             raise UserError(f"--out {args.out} must end in .pkl")
         add_evaluator(cfg, "test", {"type": "DumpDetResults", "out_file_path": args.out})
-    run_test(cfg, args.checkpoint)
+    run_test(cfg, args)
 
 
 def add_tta(cfg) -> None:

@@ -39,7 +39,7 @@ def test(argv: list[str] | None) -> None:
         add_tta(cfg)
     if args.out:
         write_maps(cfg, args.out)
-    run_test(cfg, args.checkpoint)
+    run_test(cfg, args)
 
 
 def add_tta(cfg) -> None:
