@@ -119,8 +119,8 @@ def _set(content: dict[str, Any], path: str | Path, which: str) -> Any:
 def fit(model: nn.Module, content: dict[str, Any], path: str | Path, options: Options = _DEFAULT) -> dict[str, Tensor]:
     """`fitting_weights` of the content that `path` was read to."""
     weights = _set(content, path, options.which)
-    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
-    if not weights or not named or not all(isinstance(value, Tensor) for value in weights.values()):
+    named = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
+    if not named or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"checkpoint {path} holds no state_dict, but: {', '.join(map(str, list(content)[:8]))}")
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     own = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")}

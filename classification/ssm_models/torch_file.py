@@ -120,6 +120,8 @@ class _Zip:
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise Refused(f"the compressed entry {entry.filename}")
+        if not all(0 <= entry.header_offset < size for entry in entries):
+            raise Malformed("its zip archive has entries outside of the file")
         if sum(entry.file_size for entry in entries) > size:
             raise Malformed("its zip archive has entries that share their bytes")
         pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]

@@ -33,6 +33,7 @@ MODEL, MODEL_EMA, TRAIN_STATE, META = "model.safetensors", "model_ema.safetensor
 SUMS = "SHA256SUMS"
 _NAME = re.compile(r"epoch_(\d{1,18})(?:_update_(\d{1,18}))?")
 _MOST_SUMS, _MOST_META = 1 << 16, 1 << 26  # bytes
+_MOST_UPDATES = 1 << 63
 
 
 class Position(NamedTuple):
@@ -119,16 +120,30 @@ class Checkpoint:
             state = read_pickle(self.folder / TRAIN_STATE)
         except CheckpointError as error:
             raise UserError(f"{error}; use another checkpoint") from error
-        match state:
-            case {"optimizer": dict(parameters), "scaler": dict(), "updates": int(updates)} if updates >= 0 and all(
-                isinstance(value, dict) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
-                for value in parameters.values()
-            ):
-                # format 0 did not say of which parameters the optimizer remembers nothing
-                state.setdefault("stateless", [])
-                if isinstance(state["stateless"], list):
-                    return state
+        if isinstance(state, dict):
+            # format 0 did not say of which parameters the optimizer remembers nothing
+            state = {"stateless": [], **state}
+            if _is_train_state(state):
+                return state
         raise UserError(f"{self.folder / TRAIN_STATE} holds no state of a training; use another checkpoint")
+
+
+def _is_train_state(state: dict[Any, Any]) -> bool:
+    """Whether every part is there and of its kind, down to names, tensors and numbers."""
+    optimizer, stateless, scaler, updates = map(state.get, ("optimizer", "stateless", "scaler", "updates"))
+    return (
+        _is_map(optimizer, dict)
+        and all(_is_map(tensors, torch.Tensor) for tensors in optimizer.values())
+        and isinstance(stateless, list)
+        and all(isinstance(name, str) for name in stateless)
+        and _is_map(scaler, object)
+        and type(updates) is int
+        and 0 <= updates < _MOST_UPDATES
+    )
+
+
+def _is_map(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items())
 
 
 def best_or_itself(path: Path) -> Path:
