@@ -10,6 +10,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ssm_mm.checkpoints import fit, read, read_to_resume
+from ssm_mm.resuming import resume_fault
+from ssm_train.common.errors import UserError
 
 
 @HOOKS.register_module(name="LoggerHook", force=True)
@@ -32,6 +34,12 @@ class DataRunner(Runner):
         """Load the model strictly; returns the content of the file, as plain data on the CPU, for `resume`, where each
         part moves its tensors itself. UserError as `checkpoints.read` and `fit` say."""
         content = (read_to_resume if self._resume else read)(filename)
+        fault = resume_fault(content, self.optim_wrapper, self.param_schedulers) if self._resume else ""
+        if fault:
+            raise UserError(
+                f"checkpoint {filename} does not fit this training: {fault}; to start from its weights, use "
+                f"--cfg-options load_from={filename}"
+            )
         self.call_hook("after_load_checkpoint", checkpoint=content)
         model = unwrapped(self.model)
         model.load_state_dict(fit(model, content, filename))

@@ -104,11 +104,25 @@ def test_checkpoint_of_mmengine(files, tmp_path):
     pytest.importorskip("mmengine")
     import numpy as np
     from mmengine.logging import HistoryBuffer
+    from mmengine.optim import LinearLR, OptimWrapper
 
     from ssm_mm.checkpoints import Options, load_strictly, read_to_resume
+    from ssm_mm.resuming import resume_fault
 
     model, path = Detector(), tmp_path / "iter_3.pth"
-    optimizer = torch.optim.AdamW(model.parameters())
+
+    def begun() -> tuple[OptimWrapper, list[LinearLR]]:
+        """An optimizer and its scheduler after a step."""
+        wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True))
+        schedulers = [LinearLR(wrapper, start_factor=0.1)]
+        step(wrapper, schedulers)
+        return wrapper, schedulers
+
+    def step(wrapper: OptimWrapper, schedulers: list[LinearLR]) -> None:
+        wrapper.update_params(model.head(model.backbone(torch.ones(1, 2))).square().mean())
+        schedulers[0].step()
+
+    wrapper, schedulers = begun()
     hub = {
         "log_scalars": {"train/loss": HistoryBuffer(np.ones(3), np.ones(3), 10)},
         "runtime_info": {"iter": 3, "lr": np.float64(1e-3), "shape": np.arange(4)},
@@ -120,7 +134,8 @@ def test_checkpoint_of_mmengine(files, tmp_path):
         "meta": meta,
         "state_dict": model.state_dict(),
         "ema_state_dict": averaged,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": wrapper.state_dict(),
+        "param_schedulers": [schedulers[0].state_dict()],
         "message_hub": hub,
     }
 
@@ -131,5 +146,11 @@ def test_checkpoint_of_mmengine(files, tmp_path):
         for which in ("ema", "model"):
             load_strictly(model, path, Options(which))
         assert all(value.isfinite().all() for value in model.state_dict().values())
+        wrapper, schedulers = begun()
+        if resume_fault(content, wrapper, schedulers) == "":
+            wrapper.load_state_dict(content["optimizer"]) if "optimizer" in content else None
+            for scheduler, state in zip(schedulers, content.get("param_schedulers", []), strict=False):
+                scheduler.load_state_dict(state)
+            step(wrapper, schedulers)  # to whatever numbers: it must not crash
 
     assert refusals(read, content, files) > files // 4

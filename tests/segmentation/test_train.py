@@ -48,3 +48,13 @@ def test_two_processes_from_another_folder(task, data, tmp_path):
     task.launch("dist_train.sh", 2, "--from-scratch", "--work-dir", "work", data=data, cwd=tmp_path, port=29651)
     task.launch("dist_test.sh", "work/iter_4.pth", 2, "--work-dir", "eval", data=data, cwd=tmp_path, port=29651)
     assert 0 <= metrics_of(tmp_path / "eval")["mIoU"] <= 100
+
+
+def test_states_of_another_training(trained, call, tmp_path):
+    """A moment of another shape, which compiled updates would read beyond its end."""
+    content = torch.load(trained / "iter_2.pth", weights_only=False)
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
+    torch.save(content, tmp_path / "iter_2.pth")
+    outcome = call(tool, "--work-dir", tmp_path, "--resume", tmp_path / "iter_2.pth")
+    fault = "does not fit this training: its optimizer has for parameter 0 a 'exp_avg'"
+    refuses(outcome, f"{tmp_path}/iter_2.pth {fault}", "load_from=")
