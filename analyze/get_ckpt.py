@@ -3,7 +3,7 @@
 python analyze/get_ckpt.py vssm1_tiny_0230s_ckpt_epoch_264.pth                                # tells what it holds
 python analyze/get_ckpt.py vssm1_tiny_0230s_ckpt_epoch_264.pth vmamba_tiny_s1l8.safetensors   # converts it
 
-No code from the file is run. Run and checkpoint folders of this repository are taken, too.
+No code from the file is run. Run and checkpoint folders of this repository and published names are taken, too.
 """
 
 import argparse
@@ -109,6 +109,7 @@ def _read(source: Path, which: str) -> _Found:
     source = weights_file(source, "IN") if source.is_dir() else source
     try:
         weights = find_weights(source, which)
+        source = weights.file
     except CheckpointError as error:
         raise UserError(str(error)) from error
     return _Found(source, weights, recognise(weights.tensors))
@@ -159,7 +160,7 @@ def _sha256(path: Path) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="analyze/get_ckpt.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("source", type=Path, metavar="IN", help="a file of torch.save, .safetensors, or a run folder")
+    parser.add_argument("source", type=Path, metavar="IN", help="file of torch.save, .safetensors, run folder, name")
     parser.add_argument("target", type=Path, nargs="?", metavar="OUT", help="the .safetensors file to write, if any")
     parser.add_argument(
         "--which", default="auto", choices=("auto", "model", "ema"), help="auto: the plain weights, else the averaged"

@@ -12,7 +12,8 @@ import torch
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor
 
-from ssm_train.step.state import STATE_KEYS
+# what PyTorch's optimizers remember of a parameter, in its shape but for the count of steps
+_MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
 
 
 def resume_fault(content: Mapping[str, Any], wrapper: OptimWrapper, schedulers: Any) -> str:
@@ -51,7 +52,7 @@ def _optimizer_fault(saved: Any, wrapper: OptimWrapper) -> str:
     indices = [index for group in own["param_groups"] for index in group["params"]]
     shapes = {index: parameter.shape for index, parameter in zip(indices, parameters, strict=True)}
     # of other optimizers we do not know which moments have a parameter's shape
-    needed = STATE_KEYS.get(type(wrapper.optimizer))
+    needed = _MOMENTS.get(type(wrapper.optimizer))
     for index, state in saved["state"].items():
         if index not in shapes:
             return f"a state for parameter {index!r:.40}, of {len(shapes)}"

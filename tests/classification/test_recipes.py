@@ -47,6 +47,7 @@ PUBLISHED = {
     "vmamba/vanilla_vmamba_tiny": (VMAMBA, "vanilla_vmamba_tiny", 22_893_448, 0.2),
     "vmamba/vanilla_vmamba_small": (VMAMBA, "vanilla_vmamba_small", 44_417_416, 0.3),
     "vmamba/vanilla_vmamba_base": (VMAMBA, "vanilla_vmamba_base", 76_254_056, 0.6),
+    "vmamba/vmamba_tiny_0220": (VMAMBA, "vmamba_tiny_0220", 32_484_904, 0.2),
     "vmamba/vmamba_tiny_s2l5": (VMAMBA, "vmamba_tiny_s2l5", 30_705_832, 0.2),
     "vmamba/vmamba_small_s2l15": (VMAMBA, "vmamba_small_s2l15", 50_147_752, 0.3),
     "vmamba/vmamba_base_s2l15": (VMAMBA, "vmamba_base_s2l15", 88_557_800, 0.6),

@@ -52,7 +52,7 @@ def test_two_processes_from_another_folder(task, data, tmp_path):
 
 def test_states_of_another_training(trained, call, tmp_path):
     """A moment of another shape, which compiled updates would read beyond its end."""
-    content = torch.load(trained / "iter_2.pth", weights_only=False)
+    content = read(trained / "iter_2.pth")
     content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
     torch.save(content, tmp_path / "iter_2.pth")
     outcome = call(tool, "--work-dir", tmp_path, "--resume", tmp_path / "iter_2.pth")

@@ -20,7 +20,7 @@ from ssm_train.step.parallel import like, load_whole
 _log = logging.getLogger(__name__)
 
 # what the optimizers of step/optimizer.py remember of a parameter: of its shape and dtype, but for the count of steps
-STATE_KEYS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+_STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
 _SCALER = {
     **{"scale": float, "growth_factor": float, "backoff_factor": float},
     **{"growth_interval": int, "_growth_tracker": int},
@@ -116,7 +116,7 @@ def optimizer_fault(network: nn.Module, optimizer: torch.optim.Optimizer, saved:
     states, stateless = saved["optimizer"], saved["stateless"]
     if not states and saved["updates"] == 0:
         return ""
-    keys = STATE_KEYS[type(optimizer)]
+    keys = _STATE[type(optimizer)]
     odd = [name for name in (*states, *stateless) if name not in trained]
     lacking = [name for name in trained if name not in states and name not in stateless]
     if odd or lacking:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
-from analyze import inputs
+from analyze import get_ckpt, inputs
 from ssm_train.cli import main
 from ssm_train.common.errors import UserError
 from ssm_train.data.digits import main as digits_main
@@ -70,3 +71,12 @@ def test_names_of_other_tasks(tmp_path):
     name = Path("mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco")
     with pytest.raises(UserError, match="--checkpoint .* no classifier of this repository"):
         inputs.load_model("vmamba_tiny_s1l8", name)
+
+
+def test_conversion(publish, contents, tmp_path, capsys):
+    publish("vssd_nano", entry="ema")
+    assert get_ckpt.main([str(NAME), str(tmp_path / "out.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "model_ema (the file holds model, model_ema)" in said and "vssd_nano.pth" in said
+    found, expected = load_file(tmp_path / "out.safetensors"), contents["vssd_nano"]["model_ema"]
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
