@@ -27,6 +27,9 @@ _ENTRIES = {"auto": ("model", "state_dict", "model_ema"), "model": ("model", "st
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
+# of DataParallel, DDP and AveragedModel (which counts in n_averaged), and of torch.compile
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
 _MAX_DIFFERENCE = 1000  # characters: up to nine names
 
 # What a classifier has and a backbone has not, and the other way round.
@@ -56,7 +59,8 @@ def read_checkpoint(path: str | Path, which: str = "auto") -> dict[str, Tensor]:
     Args:
         path: a name of the table of published weights (`ssm_models.weights`), which names the set to read as well, or
             a ``.safetensors`` file or one of `torch.save`: a state dict, or a dictionary that holds one under
-            "model", "state_dict" or "model_ema". ``module.`` is stripped; of a detector or segmentor the part
+            "model", "state_dict" or "model_ema". what wrappers put
+            before names (``module.``, ``_orig_mod.``) is stripped; of a detector or segmentor the part
             ``backbone.`` is taken, without the prefix.
         which: "model", "ema", or "auto": the first there is of model, state_dict, model_ema.
 
@@ -84,7 +88,8 @@ def find_weights(path: str | Path, which: str = "auto") -> Weights:
     odd = next((name for name, value in content.items() if not (isinstance(name, str) and _is_plain(value))), None)
     if odd is not None:
         raise CheckpointError(f"{path} has among its weights {odd!r}, which is no ordinary tensor with a name")
-    weights = {name.removeprefix("module."): value for name, value in content.items()}
+    content = {name: value for name, value in content.items() if name != "n_averaged"}
+    weights = {_WRAPPERS.sub("", name): value for name, value in content.items()}
     if len(weights) < len(content):
         raise CheckpointError(f"{path} has weights twice, with and without 'module.' before their names")
     backbone = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")}

@@ -298,3 +298,19 @@ def test_timm_loads_a_file_through_the_filter(nano, tmp_path):
 
 def test_public_names():
     assert set(ssm_models.__all__) <= set(dir(ssm_models))
+
+
+def test_what_wrappers_put_before_names(nano, tmp_path):
+    """torch.compile, DDP and AveragedModel, in any order, as `state_dict` of the wrapped model gives them."""
+    state = nano.state_dict()
+    averaged = torch.optim.swa_utils.AveragedModel(torch.compile(nano))
+    torch.save(averaged.state_dict(), tmp_path / "averaged.pth")
+    assert "n_averaged" in averaged.state_dict() and "module._orig_mod.patch_embed.0.weight" in averaged.state_dict()
+    torch.save({"model": {f"_orig_mod.module.{name}": value for name, value in state.items()}}, tmp_path / "b.pth")
+    for file in ("averaged.pth", "b.pth"):
+        fresh = timm.create_model("vmamba_nano")
+        load_checkpoint(fresh, tmp_path / file)
+        assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
+    torch.save({"module.a": torch.ones(1), "_orig_mod.a": torch.ones(1)}, tmp_path / "twice.pth")
+    with pytest.raises(CheckpointError, match="has weights twice"):
+        load_checkpoint(nano, tmp_path / "twice.pth")

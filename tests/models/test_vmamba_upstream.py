@@ -159,7 +159,7 @@ def test_former_forward_types(former, present):
         parse_forward_type(present)
 
 
-@pytest.mark.parametrize("name", ["v9", "v05noz", "v2wconv3", "share_ssm", "v05_noz_onnone", "v0_noz", "v052d3"])
+@pytest.mark.parametrize("name", ["v9", "v2wconv3", "share_ssm", "v05_noz_onnone", "v0_noz", "v052d3"])
 def test_names_no_version_knew_reach_the_grammar(name):
     with pytest.raises(ValueError, match="is not known. Legal: v0, v0seq, or a base of v01"):
         build({"forward_type": name, "depths": [1], "dims": 16})
@@ -207,3 +207,41 @@ def test_arguments_without_effect_upstream_are_dropped():
         build({"depths": [1], "dims": 16, "ssm_conv": -1, "forward_type": "xv1a"})
     )
     assert build(tiny | {"forward_type": "v0"}).layers[0].blocks[0].op.conv2d.bias is not None
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ("v05noz", "v05_noz"),
+        ("v05nozoact", "v05_noz_oact"),
+        ("v3noz", "v3_noz"),
+        ("v05softmaxnoz", "v05_onsoftmax_noz"),
+    ],
+)
+def test_postfixes_without_underscores(former, present):
+    """Of every base, as files of March 2024 have them."""
+    assert present_forward_type(former) == present
+    small = {"depths": [1], "dims": 8}
+    one, other = (from_upstream("vmamba", {**small, "forward_type": name}) for name in (former, present))
+    assert [tuple(p.shape) for p in one.parameters()] == [tuple(p.shape) for p in other.parameters()]
+
+
+def test_keys_of_detectors_configs():
+    """Of a dict in an mm config, `type` is no argument, and `frozen_stages` freezes."""
+    arguments = {"type": "MM_VSSM", "depths": [1, 1], "dims": 8, "frozen_stages": 1, "out_indices": (0, 1)}
+    model = from_upstream("vmamba", arguments, backbone=True)
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"patch_embed", "layers", "outnorm0"}
+    assert all(p.requires_grad for p in model.layers[1].parameters())
+    del arguments["out_indices"]
+    assert all(p.requires_grad for p in from_upstream("vmamba", arguments).parameters())
+
+
+def test_whole_yamls():
+    part = {"TYPE": "vssm", "NAME": "x", "IS_PRETRAIN": False, "VSSM": {**V2, "SCAN": "cross"}}
+    whole = {"MODEL": part, "DATA": {"IMG_SIZE": 224}}
+    assert sum(p.numel() for p in build(whole).parameters()) == sum(p.numel() for p in build(part).parameters())
+    with pytest.raises(ValueError, match="this yaml has no MODEL.VSSM, the section .*; it has TYPE, NAME, SWIN"):
+        from_upstream("vmamba", {"MODEL": {"TYPE": "swin", "NAME": "swin", "SWIN": {}}})
+    with pytest.raises(ValueError, match="has no MODEL.VMAMBA2"):
+        from_upstream("vssd", {"TYPE": "vssm", "NAME": "x", "VSSM": {}})

@@ -77,9 +77,18 @@ _YAML_KEYS = {
 }
 # Upstream's yaml defaults where they differ from the constructor's.
 _YAML_DEFAULTS = {"patchembed_version": "v2", "downsample_version": "v2", "forward_type": "v2"}
-_DEAD_YAML_KEYS = ("SSM_RANK_RATIO",)
+_DEAD_YAML_KEYS = ("SSM_RANK_RATIO", "SCAN")
 _MODEL_YAML_KEYS = {"NUM_CLASSES": "num_classes", "DROP_PATH_RATE": "drop_path_rate"}
-_MODEL_DEAD_YAML_KEYS = ("TYPE", "NAME", "PRETRAINED", "RESUME", "DROP_RATE", "LABEL_SMOOTHING", "MMCKPT")
+_MODEL_DEAD_YAML_KEYS = (
+    "TYPE",
+    "NAME",
+    "PRETRAINED",
+    "RESUME",
+    "DROP_RATE",
+    "LABEL_SMOOTHING",
+    "MMCKPT",
+    "IS_PRETRAIN",
+)
 
 # Arguments that do nothing upstream.
 _DEAD = ("cls", "ssm_rank_ratio", "pretrained")

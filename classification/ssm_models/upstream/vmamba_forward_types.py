@@ -9,8 +9,8 @@ from ..layers.forward_type import OUT_NORMS
 # Former names of today's bases.
 _FORMER_BASES = {"v0_seq": "v0seq", "v1": "v2", "v31d": "v051d", "v32d": "v052d", "v32dc": "v052dc"}
 _BASE = re.compile(r"(v0_seq|v31d|v32dc|v32d|v1|v2|v3|v4|v0[1-5])(?![0-9])(.*)")
-# In February and March 2024 postfixes had no underscore: "v2softmaxnozact".
-_FORMER_POSTFIXES = re.compile(rf"({'|'.join(OUT_NORMS)})?(nozact|noz)?")
+# In February and March 2024 postfixes had no underscore: "v2softmaxnozact", "v05nozoact".
+_FORMER_POSTFIXES = re.compile(rf"({'|'.join(OUT_NORMS)})?(nozact|noz)?(oact)?(no32)?")
 
 # xv mixers of before May 2024, and today's nearest. Their B and C were not re-ordered, among other differences.
 _FORMER_XV = {
@@ -49,9 +49,9 @@ def present_forward_type(name: str, has_conv: bool = True, softmax: bool = False
     if found is None:
         return name
     base, rest = found.groups()
-    former = None if base.startswith("v0") else _FORMER_POSTFIXES.fullmatch(rest)
+    former = _FORMER_POSTFIXES.fullmatch(rest)
     if former is not None:
-        rest = "".join(mark + part for mark, part in zip(("_on", "_"), former.groups(), strict=True) if part)
+        rest = "".join(mark + part for mark, part in zip(("_on", "_", "_", "_"), former.groups(), strict=True) if part)
     if softmax and not rest.startswith("_onsoftmax"):
         rest = "_onsoftmax" + rest
     return _FORMER_BASES.get(base, base) + rest

@@ -40,6 +40,7 @@ _DEAD = ("cls", "type", "pretrained", "img_size", "image_size", "qkv_bias", "lep
 # Given in upstream's yamls, but not read there (it takes VMAMBA2's drop path and 1000 classes): meant all the same.
 _MODEL_LIVE = ("NUM_CLASSES", "DROP_PATH_RATE")
 _MODEL_DEAD = ("TYPE", "NAME", "PRETRAINED", "RESUME", "DROP_RATE", "LABEL_SMOOTHING", "MMCKPT", "FUSED_LAYERNORM")
+_MODEL_DEAD += ("IS_PRETRAIN",)
 
 
 def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:

@@ -50,6 +50,12 @@ class Entry:
         return self.name.removeprefix(self.model).lstrip(".") if self.model else self.name.rpartition(".")[2]
 
     @property
+    def backbone(self) -> str:
+        """The registered model itself, or that of a detector's or segmentor's backbone, as its config's name says:
+        upernet_vmamba-tiny-s1l8_160k_... has vmamba_tiny_s1l8."""
+        return self.model if self.task == "classification" else self.model.split("_")[1].replace("-", "_")
+
+    @property
     def filename(self) -> str:
         return self.url.rpartition("/")[2]
 
@@ -72,6 +78,11 @@ def of_model(model: str) -> dict[str, Entry]:
 def of_address(url: str) -> Entry | None:
     """The entry of a file's address."""
     return next((entry for entry in entries().values() if entry.url == url), None)
+
+
+def of_file(name: str) -> Entry | None:
+    """The entry of a published file, by the file's name with or without its ending."""
+    return next((entry for entry in entries().values() if name in (entry.filename, entry.filename[:-4])), None)
 
 
 def find(name: str) -> Entry:

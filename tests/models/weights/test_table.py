@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import timm
+import torch
 
-from ssm_models import CheckpointError, read_checkpoint
+from ssm_models import CheckpointError, from_upstream, read_checkpoint
 from ssm_models.weights import entries, find, resolve
 from ssm_models.weights.table import TASKS, of_model
 
@@ -111,3 +112,20 @@ def test_what_looks_like_a_path_is_one():
 def test_models_without_weights_say_so():
     with pytest.raises(RuntimeError, match="No pretrained weights exist for vmamba_tiny_m2"):
         timm.create_model("vmamba_tiny_m2", pretrained=True)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_from_upstream_knows_every_file(row):
+    """By the name of the file, also with a folder before it; detectors' and segmentors' give their backbone."""
+    family = next(f for f in ("vmamba", "vim", "vssd") if f in row.name)
+    with torch.device("meta"):
+        if not row.model:
+            with pytest.raises(ValueError, match="without a word on how its model is built"):
+                from_upstream(family, row.filename)
+            return
+        for name in (row.filename, f"/some/{row.filename}", row.filename[:-4]):
+            found = from_upstream(family, name)
+            expected = timm.create_model(row.backbone)
+            assert {n: p.shape for n, p in found.state_dict().items()} == {
+                n: p.shape for n, p in expected.state_dict().items()
+            }
