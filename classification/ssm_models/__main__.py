@@ -50,6 +50,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown() -> str:
+    """The table of weights, as docs/weights.md has it."""
+    names = {"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU"}
+    lines = ["| name | published | set | file | licence |", "|---|---|---|---|---|"]
+    for entry in table_of_weights.entries().values():
+        numbers = ", ".join(f"{names.get(metric, 'mIoU tta')} {value}" for metric, value in entry.metrics.items())
+        file = f"[{entry.filename}]({entry.url})"
+        lines.append(f"| `{entry.name}` | {numbers} | {entry.entry} | {file} | {entry.licence or 'none stated'} |")
+    return "\n".join(lines)
+
+
 def download(name: str) -> None:
     for entry in table_of_weights.entries().values() if name == "all" else [find(name)]:
         print(f"{entry.name}: {fetch(entry)}")
@@ -72,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--download", metavar="NAME", help="weights to bring here: a name of the list, or all")
     parser.add_argument("--verify", action="store_true", help="read the files that are here, and compare their sha256")
     parser.add_argument("--json", action="store_true", help="the list as JSON, with addresses and checksums")
+    parser.add_argument("--markdown", action="store_true", help="the table of weights for a document")
     args = parser.parse_args(argv)
     try:
         if args.download:
@@ -83,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if not (args.download or args.verify):
         rows = zoo()
-        if args.json:
+        if args.markdown:
+            print(markdown())
+        elif args.json:
             dense = [describe(entry) for entry in table_of_weights.entries().values() if entry.task != "classification"]
             print(json.dumps({"models": rows, "detectors_and_segmentors": dense}, indent=1))
         else:

@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import timm
@@ -67,3 +68,9 @@ def test_mistakes(server, capsys):
     assert command.main(["--download", "vssd_tinny"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: vssd_tinny is neither a file") and len(error.splitlines()) == 1
+
+
+def test_the_document_has_the_table():
+    """docs/weights.md ends with what `python -m ssm_models --markdown` prints."""
+    text = (Path(__file__).parents[3] / "docs/weights.md").read_text()
+    assert text.endswith(f"\n\n{command.markdown()}\n")

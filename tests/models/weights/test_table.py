@@ -7,10 +7,12 @@ from urllib.parse import urlsplit
 import pytest
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ssm_models import CheckpointError, from_upstream, read_checkpoint
 from ssm_models.weights import entries, find, resolve
 from ssm_models.weights.table import TASKS, of_model
+from ssm_train.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
 ROWS = list(entries().values())
@@ -129,3 +131,16 @@ def test_from_upstream_knows_every_file(row):
             assert {n: p.shape for n, p in found.state_dict().items()} == {
                 n: p.shape for n, p in expected.state_dict().items()
             }
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.task == "classification" and row.model], ids=lambda r: r.name
+)
+def test_classifiers_are_evaluated_as_published(row):
+    """Shorter side to 256, bicubic, the centre 224 x 224, ImageNet's mean and deviation, as docs/weights.md says."""
+    cfg = timm.get_pretrained_cfg(row.name)
+    assert cfg.input_size == (3, 224, 224) and cfg.crop_pct * 256 == 224 and cfg.interpolation == "bicubic"
+    assert (cfg.mean, cfg.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    [path] = ROOT.glob(f"configs/classification/*/{row.recipe}.yaml")
+    data = load_config(str(path)).DATA
+    assert (data.IMG_SIZE, data.CROP_RATIO, data.INTERPOLATION) == (224, 0.875, "bicubic")
