@@ -1,50 +1,15 @@
-"""Scenes of digits in COCO format, a short training of Mask R-CNN on them, and the tools in the test process."""
+"""Two epochs of Mask R-CNN on scenes of digits in COCO format."""
 
 import pytest
 
-from tests.dense_tools import ROOT, Task, caller, mmengine_without_overhead, shared_folder
-
-TASK = Task(
-    "detection",
-    ROOT / "configs/detection/digits/mask-rcnn_vmamba-nano_fpn_digits.py",
-    ["train_cfg.max_epochs=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=1"],
-)
+from tests.dense_fixtures import call, data, fast_mmengine, trained  # noqa: F401
+from tests.dense_tools import ROOT, Task
 
 
 @pytest.fixture(scope="session")
 def task():
-    return TASK
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """Shared and read-only."""
-    from detection.data import digit_scenes
-
-    def fill(folder):
-        assert digit_scenes.main(["--out", str(folder), "--train", "4", "--val", "2"]) == 0
-
-    return shared_folder(tmp_path_factory, "coco", fill)
-
-
-@pytest.fixture(scope="session")
-def fast_mmengine():
-    with mmengine_without_overhead():
-        yield
-
-
-@pytest.fixture(scope="session")
-def trained(data, fast_mmengine, tmp_path_factory):
-    """The work folder of two epochs; shared and read-only."""
-    from detection.tools import train
-
-    def fill(folder):
-        flags = ["--from-scratch", "--work-dir", str(folder), *TASK.flags(data)]
-        assert train.main([str(TASK.config), *flags]) == 0
-
-    return shared_folder(tmp_path_factory, "detector", fill)
-
-
-@pytest.fixture
-def call(data, fast_mmengine, capfd):
-    return caller(TASK, data, capfd)
+    return Task(
+        "detection",
+        ROOT / "configs/detection/digits/mask-rcnn_vmamba-nano_fpn_digits.py",
+        ["train_cfg.max_epochs=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=1"],
+    )
