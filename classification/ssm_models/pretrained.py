@@ -6,6 +6,7 @@ timm would give them to `torch.load`, which refuses what they pickle beside the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg
@@ -35,15 +36,17 @@ def build_model(
     cls: type[nn.Module], variant: str, pretrained: bool, pretrained_filter_fn: FilterFn | None = None, **kwargs: Any
 ) -> nn.Module:
     """timm's `build_model_with_cfg`. Files of the table are fetched, checked, read without executing anything, and must
-    fit but for the classifier of other classes and the first convolution of other channels, which timm adapts.
+    fit but for the classifier of other classes and the first convolution of other channels, which timm adapts; so must
+    a file that the user names (`pretrained_cfg_overlay=dict(file=...)`).
 
     Raises:
         CheckpointError: the file cannot be had, or does not fit.
     """
-    entry = _entry(variant, kwargs) if pretrained else None
-    if entry is None:
+    source = _source(variant, kwargs) if pretrained else None
+    if source is None:
         return build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
-    weights = find_weights(fetch(entry, kwargs.get("cache_dir")), entry.entry)
+    entry = source if isinstance(source, Entry) else None
+    weights = find_weights(fetch(entry, kwargs.get("cache_dir")), entry.entry) if entry else find_weights(source)
     kwargs["pretrained_cfg_overlay"] = (kwargs.get("pretrained_cfg_overlay") or {}) | {"state_dict": weights.tensors}
 
     def checked(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -52,7 +55,9 @@ def build_model(
         pair = ({n: v for n, v in names.items() if not n.startswith(adapted)} for names in (found, model.state_dict()))
         difference = describe_difference(*pair)
         if difference:
-            raise CheckpointError(f"{entry.name} does not fit this {type(model).__name__}: {difference}")
+            raise CheckpointError(
+                f"{entry.name if entry else source} does not fit this {type(model).__name__}: {difference}"
+            )
         return found
 
     model = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=checked, **kwargs)
@@ -60,8 +65,9 @@ def build_model(
         cfg = getattr(part, "pretrained_cfg", {})
         # timm keeps what it was given, weights included
         cfg.pop("state_dict", None)
-        # of the weights, not of the architecture: a user's own training has neither
-        cfg |= {"license": entry.licence, "origin_url": entry.source}
+        if entry:
+            # of the weights, not of the architecture: a user's own training has neither
+            cfg |= {"license": entry.licence, "origin_url": entry.source}
     return model
 
 
@@ -71,13 +77,17 @@ def _adapted(model: nn.Module) -> list[str]:
     return [name for name in (cfg.get("classifier"), cfg.get("first_conv")) if name]
 
 
-def _entry(variant: str, kwargs: Mapping[str, Any]) -> Entry | None:
-    """The table's entry that timm would load; None where the user names another source."""
+def _source(variant: str, kwargs: Mapping[str, Any]) -> Entry | Path | None:
+    """The table's entry, or the user's file, that timm would load; None where the user names another source."""
     cfg: PretrainedCfg = resolve_pretrained_cfg(
         variant,
         pretrained_cfg=kwargs.get("pretrained_cfg"),
         pretrained_cfg_overlay=kwargs.get("pretrained_cfg_overlay"),
     )
-    if cfg.state_dict or cfg.file or cfg.hf_hub_id or cfg.source in ("hf-hub", "local-dir"):
+    if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
+        return None
+    if cfg.file:
+        return Path(cfg.file)
+    if cfg.hf_hub_id:
         return None
     return table.of_address(cfg.url) if cfg.url else None

@@ -98,3 +98,22 @@ def test_a_malicious_file_does_not_run(publish, capsys):
     with pytest.raises(CheckpointError):
         timm.create_model("vmamba_nano", pretrained=True, pretrained_cfg_overlay={"url": entry.url})
     assert "executed" not in capsys.readouterr().out
+
+
+def test_a_file_of_the_users(contents, files, tmp_path, capsys):
+    """What authors write: with pickled settings, which timm refuses or, in older versions, executes."""
+    (tmp_path / "own.pth").write_bytes(files["vssd_nano"])
+    overlay = {"file": str(tmp_path / "own.pth")}
+    model = timm.create_model("vssd_nano", pretrained=True, pretrained_cfg_overlay=overlay)
+    expected = contents["vssd_nano"]["model"]
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert not model.pretrained_cfg.get("license") and "state_dict" not in model.pretrained_cfg
+    fewer = timm.create_model("vssd_nano", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    assert fewer.head.weight.shape[0] == 3
+    torch.save({"model": expected, "config": Canary()}, tmp_path / "own.pth")
+    with pytest.raises(CheckpointError, match="holds more than weights"):
+        timm.create_model("vssd_nano", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert "executed" not in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="does not fit this VSSM"):
+        (tmp_path / "own.pth").write_bytes(files["vssd_nano"])
+        timm.create_model("vmamba_nano", pretrained=True, pretrained_cfg_overlay=overlay)
