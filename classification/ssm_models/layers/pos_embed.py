@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 _MOST_VALUES = 1 << 28  # of a table, before and after: a gigabyte of float32
@@ -55,8 +55,7 @@ def resize_pos_embed(
 ) -> Tensor:
     """Bicubic interpolation of the rows of patches; rows of class tokens stay as they are and go to their new places.
 
-    As timm's `resample_abs_pos_embed` without antialiasing, which knows class tokens at the start alone, and computes
-    float64 in float32.
+    timm's `resample_abs_pos_embed`, which knows class tokens at the start alone, on the patches.
 
     Args:
         pos_embed: (1, h*w + tokens, C).
@@ -79,8 +78,5 @@ def resize_pos_embed(
             f"{len(old_rows)} class tokens"
         )
     if tuple(old_grid) != tuple(new_grid):
-        grid = patches.transpose(1, 2).unflatten(2, tuple(old_grid))
-        grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
-        grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False)
-        patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+        patches = resample_abs_pos_embed(patches, list(new_grid), list(old_grid), num_prefix_tokens=0, antialias=False)
     return insert_rows(patches, tokens if new_rows else [], new_rows)
