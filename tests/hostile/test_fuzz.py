@@ -21,6 +21,7 @@ from ssm_train.record.meta import FORMAT, parse_meta
 
 from ..models.test_hostile_files import mutate
 from ..run_meta import META
+from .amount import amounts
 
 
 def image(kind: str, mode: str = "RGB") -> bytes:
@@ -58,7 +59,7 @@ READERS: dict[str, tuple[bytes, Callable[[bytes], None], tuple[type[Exception], 
 }
 
 
-@pytest.mark.parametrize("files", [60, pytest.param(2000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("files", amounts(60, 2000))
 @pytest.mark.parametrize("kind", READERS)
 def test_random_damage(kind, files):
     data, read, promised = READERS[kind]

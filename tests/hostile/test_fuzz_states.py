@@ -19,8 +19,8 @@ from ssm_train.step.state import collect, restore_progress
 
 from ..models.test_hostile_files import mutate, repacked
 from ..run_meta import META
+from .amount import amounts
 
-FILES = [100, pytest.param(2000, marks=pytest.mark.full)]
 # in the place of any part of a state
 ODD = (None, True, -1, 1 << 70, 1.5, float("nan"), "text", "", [], [[1]], {}, {3: 4}, {"a": {}}, torch.zeros(2))
 
@@ -68,7 +68,7 @@ def refusals(read: Callable[[bytes], None], content: Any, files: int) -> int:
     return refused
 
 
-@pytest.mark.parametrize("files", FILES)
+@pytest.mark.parametrize("files", amounts(100, 2000))
 def test_train_state(files, tiny_cfg, tmp_path):
     cfg = load_config(str(tiny_cfg), ["AMP", "off"])
     training = prepare(cfg, World(0, 1, torch.device("cpu")), updates_per_epoch=5)
@@ -99,7 +99,7 @@ class Detector(nn.Module):
 
 
 @pytest.mark.dense
-@pytest.mark.parametrize("files", FILES)
+@pytest.mark.parametrize("files", amounts(100, 2000))
 def test_checkpoint_of_mmengine(files, tmp_path):
     pytest.importorskip("mmengine")
     import numpy as np

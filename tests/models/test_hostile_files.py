@@ -1,11 +1,10 @@
 """Damaged and malicious files: a right answer or a CheckpointError of one short line, in bounded time and memory.
 
-SSM_FUZZ_FILES=20000 pytest tests/models/test_hostile_files.py -k random    tries more of the random ones.
+The random ones are as many as tests/hostile/amount.py says.
 """
 
 import argparse
 import io
-import os
 import pickle
 import random
 import resource
@@ -23,7 +22,8 @@ from yacs.config import CfgNode
 from ssm_models import CheckpointError, read_checkpoint
 from ssm_models.unpickle import read_pickle
 
-FILES = int(os.environ.get("SSM_FUZZ_FILES", 300))
+from ..hostile.amount import amounts
+
 SECONDS = 60  # a guard against what never ends
 MEBIBYTES = 512  # beside the file itself
 
@@ -141,9 +141,9 @@ def repacked(data: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("seed, files", [(0, FILES), pytest.param(1, 5000, marks=pytest.mark.full)])
-def test_random_damage(tmp_path, seed, files):
-    draw = random.Random(seed)
+@pytest.mark.parametrize("files", amounts(300, 5000))
+def test_random_damage(tmp_path, files):
+    draw = random.Random(files)
     outcomes = {True: 0, False: 0}
     for number in range(files):
         name = draw.choice(list(BASES))
