@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fine-tune Vim-S on overlapping patches as published, on 8 GPUs, from weights that pt-vim-s.sh or the authors trained:
+# Fine-tune Vim-S on overlapping patches as published on 8 GPUs, from weights that pt-vim-s.sh or the authors trained:
 #   DATA_PATH=IMAGENET PRETRAINED=WEIGHTS classification/scripts/ft-vim-s.sh [OPTION of main.py ...]
 if [[ -z ${PRETRAINED:-} ]]; then
-    echo "error: PRETRAINED is not set: give the weights of Vim-S, output/vim_small_patch16_224/checkpoints/best or a file" >&2
+    echo "error: PRETRAINED is not set: give the weights of Vim-S, vim_small_patch16_224.in1k, output/vim_small_patch16_224 or a file" >&2
     exit 2
 fi
 exec "$(dirname "${BASH_SOURCE[0]}")/train.sh" vim/vim_small_patch16_stride8_224.yaml "$@"

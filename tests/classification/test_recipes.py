@@ -265,7 +265,9 @@ def test_script_starts_the_recipe(script, start, tmp_path):
     done = start(script, DATA_PATH="images", **({"PRETRAINED": "weights.pth"} if fine else {}))
     assert done.returncode == 0, done.stderr
     folder, *launcher, program = done.stdout.split("classification/main.py")[0].split("\n")
-    assert (folder, launcher, program) == (str(ROOT), ["--standalone", "--nproc_per_node=8"], "")
+    count = max(torch.cuda.device_count(), 1)
+    assert (folder, launcher, program) == (str(ROOT), ["--standalone", f"--nproc_per_node={count}"], "")
+    assert f"GPUS is not set: {count} process(es)" in done.stderr
     args = parse_args(done.stdout.splitlines()[4:])
     assert args.data_path == str(tmp_path / "images")
     assert args.pretrained == (str(tmp_path / "weights.pth") if fine else None)
@@ -300,6 +302,11 @@ def test_script_says_what_is_missing(script, environment, message, start):
     done = start(script, **environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_script_takes_published_names(start):
+    done = start("ft-vim-t.sh", DATA_PATH="images", PRETRAINED="vim_tiny_patch16_224.in1k", GPUS="1")
+    assert parse_args(done.stdout.splitlines()[4:]).pretrained == "vim_tiny_patch16_224.in1k"
 
 
 def test_script_with_another_recipe(start):
