@@ -232,7 +232,7 @@ def evaluate(
 
 def both_sets(network: nn.Module, cfg: CN, weights: Pretrained) -> tuple[dict[str, nn.Module], Loaded]:
     """The networks to validate, `network` among them: of a file or folder with plain and averaged weights both, unless
-    one set was asked for. The second is the one that would be taken to start from."""
+    one set was asked for; and what was loaded into `network`."""
     loaded = start_from(network, cfg, weights)
     _log.info("weights from %s", loaded)
     models = {_RECORDS[loaded.set]: network}
