@@ -58,6 +58,8 @@ def no_cache(monkeypatch, tmp_path):
     return tmp_path
 
 
+# A100, H100, B200
+CAPABILITIES = [80, 90, pytest.param(100, marks=pytest.mark.full)]
 # batch, channels, length, state, dtype: the shapes that matter, and the rest of the dtypes and alignments
 SCANS = [
     (128, 768, 3136, 1, "bf16", False),
@@ -67,8 +69,9 @@ SCANS = [
 ]
 
 
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.full), *CAPABILITIES[1:]])
 @pytest.mark.parametrize("batch, dim, length, n_state, dtype, gate", SCANS)
-def test_selective_scan_compiles(no_cache, batch, dim, length, n_state, dtype, gate):
+def test_selective_scan_compiles(no_cache, batch, dim, length, n_state, dtype, gate, capability):
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     u = torch.empty(batch, dim, length, dtype=torch_dtype, device="meta")
     width = SCAN._vector_width([u])
@@ -80,21 +83,22 @@ def test_selective_scan_compiles(no_cache, batch, dim, length, n_state, dtype, g
         kept = dict.fromkeys(("A", "D", "delta_bias", "states", "last", "dA", "dB", "dC", "dD", "dbias"), "fp32")
         pointers = {n: t for n, t in (maps | gates | kept).items() if n in kernel.arg_names}
         constants = blocks | {"N": n_state, "SOFTPLUS": True, "STAGES": 2}
-        cubin = compile_for_gpu(kernel, pointers, constants, warps, 90)
+        cubin = compile_for_gpu(kernel, pointers, constants, warps, capability)
         if n_state == 1 and width > 1:
             assert stack_bytes(cubin, no_cache) <= 64
 
 
+@pytest.mark.parametrize("capability", [80, *(pytest.param(n, marks=pytest.mark.full) for n in (90, 100))])
 @pytest.mark.parametrize("kernel", [CROSS.cross_scan_kernel, CROSS.cross_merge_kernel], ids=["scan", "merge"])
 @pytest.mark.parametrize("dtype, size, layouts", [("bf16", 56, "FF"), ("fp32", 56, "LF"), ("fp16", 7, "FL")])
-def test_cross_scan_and_merge_compile(no_cache, kernel, dtype, size, layouts):
+def test_cross_scan_and_merge_compile(no_cache, kernel, dtype, size, layouts, capability):
     x_last, y_last = (layout == "L" for layout in layouts)
     columns, backwards = CROSS.route_bits("cross2d")
     block = CROSS._blocks(192, size, size, x_last, y_last)
     vectors = dict.fromkeys(("X_VEC", "Y_VEC", "C_VEC", "L_VEC"), 4 if size % 4 == 0 else 1)
     constants = dict(zip(("BC", "BH", "BW"), block, strict=True)) | vectors
     constants |= {"ONE_BY_ONE": False, "COLUMNS": columns, "BACKWARDS": backwards, "X_LAST": x_last, "Y_LAST": y_last}
-    cubin = compile_for_gpu(kernel, {"x": dtype, "y": dtype}, constants, 4, 80)
+    cubin = compile_for_gpu(kernel, {"x": dtype, "y": dtype}, constants, 4, capability)
     assert stack_bytes(cubin, no_cache) == 0
 
 
@@ -106,7 +110,7 @@ SSD_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", SSD_KERNELS)
 def test_ssd_compiles(no_cache, name, dtype, capability):
@@ -127,7 +131,7 @@ def test_ssd_compiles(no_cache, name, dtype, capability):
         assert stack_bytes(cubin, no_cache) <= (0 if n_state == 64 else 8)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_ssd_steps_and_convolution_compile(no_cache, dtype, capability):
     steps = {"dt": dtype, "A": "fp32", "dt_bias": "fp32", "steps": "fp32"}

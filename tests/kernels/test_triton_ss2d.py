@@ -63,6 +63,8 @@ COMPILED = [
     ("bf16", 1, 6, 96, 90),
     pytest.param("fp32", 1, 6, 16, 80, marks=pytest.mark.full),
     pytest.param("fp16", 16, 48, 768, 90, marks=pytest.mark.full),
+    pytest.param("bf16", 1, 6, 96, 80, marks=pytest.mark.full),
+    pytest.param("bf16", 1, 6, 96, 100, marks=pytest.mark.full),
 ]
 
 

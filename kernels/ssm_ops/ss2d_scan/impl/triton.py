@@ -91,7 +91,7 @@ def _pixels(x: Tensor, scans: str) -> Tensor:
     n_tiles = triton.cdiv(height * width, tile)
     pixels = torch.empty((4, n_tiles * tile), dtype=torch.int32, device=x.device)
     with torch.cuda.device_of(x):
-        pixels_kernel[(4, n_tiles)](pixels, height, width, n_tiles * tile, *route_bits(scans), BT=tile, num_warps=1)
+        pixels_kernel[(4 * n_tiles,)](pixels, height, width, n_tiles * tile, *route_bits(scans), BT=tile, num_warps=1)
     return pixels
 
 

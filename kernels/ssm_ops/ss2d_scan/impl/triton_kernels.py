@@ -15,8 +15,9 @@ def pixels_kernel(pixels, H, W, size, columns, backwards, BT: tl.constexpr):
 
     Bit k of columns and backwards: does route k walk the columns? does it walk backwards?
     """
-    k = tl.program_id(0)
-    o_t = tl.program_id(1) * BT + tl.arange(0, BT)
+    n_tiles = size // BT
+    k = tl.program_id(0) // n_tiles
+    o_t = tl.program_id(0) % n_tiles * BT + tl.arange(0, BT)
     o_l = tl.minimum(o_t, H * W - 1)
     o_l = tl.where((backwards >> k & 1) != 0, H * W - 1 - o_l, o_l)
     o_p = tl.where((columns >> k & 1) != 0, o_l % H * W + o_l // H, o_l)

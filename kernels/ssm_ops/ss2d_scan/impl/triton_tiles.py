@@ -92,11 +92,23 @@ def carry(b_p, b_q, b_in, BD: tl.constexpr, LOG_R: tl.constexpr, REVERSE: tl.con
     R: tl.constexpr = 1 << LOG_R
     b_p = tl.reshape(b_p, (R, BD))
     b_q = tl.reshape(b_q, (R, BD))
-    b_one = tl.full((R, BD), 1.0, tl.float32)
-    b_p, b_q, b_pb, b_qb = tl.associative_scan((b_p, b_q, b_one, b_one - 1.0), 0, compose, reverse=REVERSE)
-    m_last = tl.arange(0, R)[:, None] == (0 if REVERSE else R - 1)
-    b_out = tl.sum(tl.where(m_last, b_p * b_in[None, :] + b_q, 0.0), 0)
-    return tl.reshape(b_pb * b_in[None, :] + b_qb, (R * BD,)), b_out
+    o_r = tl.arange(0, R)[:, None]
+    b_entered = tl.broadcast_to(b_in[None, :], (R, BD))
+    if REVERSE:
+        # one run after the other, of which a thread gets all of its channel: Triton's reverse=True has been wrong where
+        # the order of what is composed counts
+        p = split_runs(tl.trans(b_p), LOG_R)
+        q = split_runs(tl.trans(b_q), LOG_R)
+        b_out = b_in
+        for i in tl.static_range(R):
+            b_entered = tl.where(o_r == R - 1 - i, b_out[None, :], b_entered)
+            b_out = tl.reshape(p[R - 1 - i], (BD,)) * b_out + tl.reshape(q[R - 1 - i], (BD,))
+    else:
+        b_one = tl.full((R, BD), 1.0, tl.float32)
+        b_p, b_q, b_pb, b_qb = tl.associative_scan((b_p, b_q, b_one, b_one - 1.0), 0, compose)
+        b_out = tl.sum(tl.where(o_r == R - 1, b_p * b_in[None, :] + b_q, 0.0), 0)
+        b_entered = b_pb * b_in[None, :] + b_qb
+    return tl.reshape(b_entered, (R * BD,)), b_out
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def forward(
     with torch.cuda.device_of(x):
         steps = _steps(dt, A, dt_bias, dt_softplus, size, OUT["BT"])
         states = _walk(x, B, steps, initial_states, size, reverse=False)
-        ssd_out_kernel[x.shape[0] * n_tiles * x.shape[2], grid[0]](
+        ssd_out_kernel[(x.shape[0] * n_tiles * x.shape[2] * grid[0],)](
             *(x, steps, B, C, _per_channel(D, x), states, out),
             *(*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], states.stride(0), *size),
             EXACT=_exact(x),
@@ -88,7 +88,7 @@ def backward(
             **constants,
         )
         grid, constants = _plan(x, B, PROJECTION_GRAD)
-        ssd_projection_grad_kernel[batch * n_tiles * B.shape[2], grid[1]](
+        ssd_projection_grad_kernel[(batch * n_tiles * B.shape[2] * grid[1],)](
             *(dout, x, steps, B, C, states, d_states, dB, dC), *strides, **vectors, **constants
         )
     absent = [x.new_empty(0) for _ in range(3)]  # three, for the outputs of an operator may not share memory
@@ -122,7 +122,7 @@ def _walk(v, k, steps, start: Tensor | None, size: tuple[int, ...], reverse: boo
     batch, _, heads, head_dim = v.shape
     states = v.new_empty((size[-1] + 1, batch, heads, head_dim, k.shape[3]), dtype=torch.float32)
     grid, constants = _plan(v, k, WALK | {"BT": steps.shape[-1]})
-    ssd_state_kernel[batch * heads, grid[0], grid[1]](
+    ssd_state_kernel[(batch * heads * grid[0] * grid[1],)](
         *(v, k, steps, None if start is None else start.contiguous(), states),
         *(*v.stride()[:3], *k.stride()[:3], states.stride(0), *size),
         REVERSE=reverse,

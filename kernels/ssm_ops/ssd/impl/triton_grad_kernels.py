@@ -17,6 +17,7 @@ from .triton_tiles import (
     multiple,
     place_steps,
     row,
+    split_program,
     tokens,
 )
 
@@ -177,10 +178,11 @@ def ssd_projection_grad_kernel(
 ):
     """Gradients of B and C of one tile and group, BN columns of them: sums over the heads of the group."""
     G = H // E
-    i_g = tl.program_id(0) % G
-    i_t = tl.program_id(0) // G % n_tiles
-    i_b = (tl.program_id(0) // G // n_tiles).to(tl.int64)
-    o_n = tl.program_id(1) * BN + tl.arange(0, BN)
+    i, i_n = split_program(N, BN)
+    i_g = i % G
+    i_t = i // G % n_tiles
+    i_b = (i // G // n_tiles).to(tl.int64)
+    o_n = i_n * BN + tl.arange(0, BN)
     o_t, m_t = tokens(i_t, L, chunk, parts, BT)
     x += i_b * multiple(x_b, X_VEC)
     dout += i_b * L * H * P

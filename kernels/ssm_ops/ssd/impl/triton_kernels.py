@@ -21,6 +21,7 @@ from .triton_tiles import (
     multiple,
     place_steps,
     row,
+    split_program,
     tokens,
 )
 
@@ -97,10 +98,12 @@ def ssd_state_kernel(
     K_VEC: tl.constexpr,  # and of k
 ):
     """h' = (decay of the tile) h + v^T (weights k), from boundary to boundary."""
-    i_b = tl.program_id(0).to(tl.int64) // H
-    i_h = tl.program_id(0) % H
-    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
-    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    i, i_n = split_program(N, BN)
+    n_p: tl.constexpr = (P + BP - 1) // BP
+    i_p, i = i % n_p, i // n_p
+    i_b, i_h = (i // H).to(tl.int64), i % H
+    o_p = i_p * BP + tl.arange(0, BP)
+    o_n = i_n * BN + tl.arange(0, BN)
     v += i_b * multiple(v_b, V_VEC) + i_h * multiple(v_h, V_VEC)
     k += i_b * multiple(k_b, K_VEC) + i_h // E * multiple(k_g, K_VEC)
     o_state = (i_b * H + i_h) * P * N
@@ -162,10 +165,11 @@ def ssd_out_kernel(
     BC_VEC: tl.constexpr,
 ):
     """One tile of y: what tokens of the tile see of each other, of the state before it, and of themselves."""
-    i_h = tl.program_id(0) % H
-    i_t = tl.program_id(0) // H % n_tiles
-    i_b = (tl.program_id(0) // H // n_tiles).to(tl.int64)
-    o_p = tl.program_id(1) * BP + tl.arange(0, BP)
+    i, i_p = split_program(P, BP)
+    i_h = i % H
+    i_t = i // H % n_tiles
+    i_b = (i // H // n_tiles).to(tl.int64)
+    o_p = i_p * BP + tl.arange(0, BP)
     o_t, m_t = tokens(i_t, L, chunk, parts, BT)
     x += i_b * multiple(x_b, X_VEC) + i_h * multiple(x_h, X_VEC)
     B += i_b * multiple(B_b, BC_VEC) + i_h // E * multiple(B_g, BC_VEC)

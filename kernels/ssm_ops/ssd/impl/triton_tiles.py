@@ -14,6 +14,13 @@ SIZES = ["L", "H", "E", "chunk", "parts", "n_tiles"]
 
 
 @triton.jit
+def split_program(SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """(what else this program is, block of SIZE). Grids have one dimension, as the others end at 65535 programs."""
+    n_blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    return tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
+
+
+@triton.jit
 def tokens(i_t, L, chunk, parts, BT: tl.constexpr):
     """Tokens (BT,) of tile i_t, which is part i_t % parts of chunk i_t // parts, and mask. Past L a tile is empty."""
     i_chunk = i_t // parts
