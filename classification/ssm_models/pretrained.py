@@ -21,6 +21,17 @@ from .weights import Entry, fetch, table
 FilterFn = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 
+class _Shared:
+    """Weights on their way through timm's configs, which it copies with the values of all dictionaries in them: that
+    would take the memory of a model once more."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 def pretrained_cfgs(models: Iterable[str], cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """timm's configs of models, MODEL.TAG by MODEL.TAG, for `generate_default_cfgs`; one without weights and tag where
     none are published. `cfg` is what they share."""
@@ -47,9 +58,11 @@ def build_model(
         return build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=pretrained_filter_fn, **kwargs)
     entry = source if isinstance(source, Entry) else None
     weights = find_weights(fetch(entry, kwargs.get("cache_dir")), entry.entry) if entry else find_weights(source)
-    kwargs["pretrained_cfg_overlay"] = (kwargs.get("pretrained_cfg_overlay") or {}) | {"state_dict": weights.tensors}
+    shared = {"state_dict": {"shared": _Shared(weights.tensors)}}
+    kwargs["pretrained_cfg_overlay"] = (kwargs.get("pretrained_cfg_overlay") or {}) | shared
 
-    def checked(found: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def checked(given: dict[str, _Shared], model: nn.Module) -> dict[str, Tensor]:
+        found = given["shared"].tensors
         found = pretrained_filter_fn(found, model) if pretrained_filter_fn else found
         adapted = tuple(f"{name}." for name in _adapted(model))
         pair = ({n: v for n, v in names.items() if not n.startswith(adapted)} for names in (found, model.state_dict()))
