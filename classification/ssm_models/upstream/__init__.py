@@ -51,6 +51,4 @@ def from_upstream(family: str, config: str | Mapping[str, Any], backbone: bool =
 def _of_file(name: str) -> str:
     """The name of the model in a published file, of any task; any other name stays."""
     entry = table.of_file(PurePosixPath(name).name)
-    if entry is not None and not entry.model:
-        raise ValueError(f"{name!r} was published without a word on how its model is built: give its arguments")
-    return name if entry is None else entry.backbone
+    return entry.backbone if entry is not None and entry.model else name

@@ -25,6 +25,12 @@ _NAMES = {
     "vim_t_midclstok_76p1acc": "vim_tiny_patch16_224",
 }
 
+# A published file that is no model of the zoo: as its authors say, both streams are rotated and the class token stands
+# before the patches. The size of the file agrees with that: so many parameters, and tables of rotations.
+_FURTHER = {
+    "vim_tiny_73p1": {"embed_dim": 192, "if_rope": True, "if_rope_residual": True, "use_middle_cls_token": False},
+}
+
 # Arguments that do nothing upstream, or choose between equal computations, or say how weights are drawn.
 _DEAD = ("fused_add_norm", "ft_seq_len", "initializer_cfg", "device", "dtype", "pretrained", "pretrained_cfg", "cls")
 # timm's, swallowed there; and misspelled in the published base model, where it does nothing: the default says the same.
@@ -63,7 +69,7 @@ def build(config: str | Mapping[str, Any], backbone: bool = False) -> nn.Module:
 def _published(description: str) -> dict[str, Any]:
     """Arguments of a published name, also of a file's path."""
     name = PurePosixPath(description).name.removesuffix(".pth")
-    variant = _NAMES.get(name, name)
-    if variant not in VARIANTS:
-        raise ValueError(f"{description!r} is not a published Vim; known: {', '.join([*VARIANTS, *_NAMES])}")
-    return dict(VARIANTS[variant])
+    variants, variant = VARIANTS | _FURTHER, _NAMES.get(name, name)
+    if variant not in variants:
+        raise ValueError(f"{description!r} is not a published Vim; known: {', '.join([*variants, *_NAMES])}")
+    return dict(variants[variant])

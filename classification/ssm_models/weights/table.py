@@ -2,7 +2,7 @@
 
 name      MODEL.TAG of a classifier, in timm's style; the name of the config of a detector or segmentor (and .TAG)
 model     what it is loaded into: a registered model, or a config of detection or segmentation; "" where the authors do
-          not say how it was built (`from_upstream` builds it for who knows)
+          not say all of how it was built (`from_upstream` builds it from what they say)
 recipe    the config of this repository that trains and evaluates it; "" for none
 url       where the authors offer it; mirrors: other addresses that were published for it
 sha256, bytes     of the file, where they are published

@@ -122,8 +122,11 @@ def test_from_upstream_knows_every_file(row):
     family = next(f for f in ("vmamba", "vim", "vssd") if f in row.name)
     with torch.device("meta"):
         if not row.model:
-            with pytest.raises(ValueError, match="without a word on how its model is built"):
-                from_upstream(family, row.filename)
+            model = from_upstream(family, row.filename)
+            # the four sets of a file of 16 bytes per parameter, and the rotations in two of them
+            tables = 2 * sum(buffer.nbytes for buffer in model.buffers())
+            size = 16 * sum(p.numel() for p in model.parameters()) + tables
+            assert model.rope_residual and 0 < row.bytes - size < 700_000
             return
         for name in (row.filename, f"/some/{row.filename}", row.filename[:-4]):
             found = from_upstream(family, name)
