@@ -1,5 +1,7 @@
 """modelcard.sh: every row has its config, a model of the zoo, weights, and arguments that the tools accept."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -171,3 +173,28 @@ def test_published_and_measured():
     lines, good = modelcard.compare(row, {"top1": 83.39}, 0.2)
     assert not good and lines[1].endswith("-0.21   beyond the tolerance of 0.2")
     assert modelcard.compare(row, {"top1": 83.4}, 0.2)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "written", "expected"),
+    [
+        (
+            "mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco",
+            "test",
+            {"coco/bbox_mAP": 0.473, "coco/segm_mAP": 0.427, "coco/bbox_mAP_50": 0.7},
+            {"box_ap": 47.3, "mask_ap": 42.7},
+        ),
+        ("mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco", "tta", {"coco/bbox_mAP": 0.48}, {}),
+        ("upernet_vmamba-tiny-s1l8_160k_ade20k-512x512", "test", {"mIoU": 47.9, "aAcc": 82.0}, {"miou": 47.9}),
+        ("upernet_vmamba-tiny-s1l8_160k_ade20k-512x512", "tta", {"mIoU": 48.8}, {"miou_tta": 48.8}),
+    ],
+)
+def test_results_of_detectors_and_segmentors(name, action, written, expected, tmp_path, monkeypatch):
+    """As mmengine writes them, into a folder per run, of which the newest counts."""
+    monkeypatch.setattr(modelcard, "OUTPUT", tmp_path)
+    for number, content in enumerate((dict.fromkeys(written, 0.1), written)):
+        folder = tmp_path / f"{name}-{action}" / f"2026110{number}"
+        folder.mkdir(parents=True)
+        (folder / f"2026110{number}.json").write_text(json.dumps(content))
+        os.utime(folder / f"2026110{number}.json", (number, number))
+    assert modelcard.measured(modelcard.find_row(name), action) == pytest.approx(expected)
