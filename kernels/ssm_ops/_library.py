@@ -40,7 +40,10 @@ TRITON_NEEDED = (3, 3)  # has tl.gather
 
 
 def _triton_problem() -> str | None:
-    """Why the Triton kernels cannot be compiled; without importing triton, which takes a second."""
+    """Why the Triton kernels cannot be compiled, or are not to be trusted; without importing triton, which takes a
+    second."""
+    if torch.version.hip is not None:  # its devices are called cuda, too
+        return f"torch is built for ROCm {torch.version.hip}: the kernels are for NVIDIA GPUs, with warps of 32 threads"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     try:

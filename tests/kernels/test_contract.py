@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ssm_ops import cross_merge, cross_scan, selective_scan
+from ssm_ops import _library, cross_merge, cross_scan, selective_scan
 from ssm_ops._library import _triton_problem, resolve
 from ssm_ops.cross_scan import api as cross_api
 from ssm_ops.selective_scan import api as scan_api
@@ -136,3 +136,15 @@ def test_triton_that_is_too_old_is_not_taken(monkeypatch, version, problem):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     found = _triton_problem()
     assert found is None if problem is None else found.startswith(problem)
+
+
+def test_gpus_of_another_maker_are_refused_by_name(monkeypatch):
+    """PyTorch calls AMD's devices cuda; kernels that count on warps of 32 threads would compute something else."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    reason = _triton_problem()
+    assert reason.startswith("torch is built for ROCm 6.4.1: the kernels are for NVIDIA GPUs")
+    monkeypatch.setattr(_library, "_MISSING", {"triton": reason, "cuda": "not built"})
+    operator = _library.OPERATORS["selective_scan"]
+    assert _library.chosen(operator, "cuda") == "reference"
+    with pytest.raises(RuntimeError, match="impl='triton' is not available on cuda: torch is built for ROCm"):
+        resolve(operator, "triton", torch.device("cuda"), torch.float32)
