@@ -63,24 +63,25 @@ class Readable:
 
     def __init__(self, paths: Sequence[Path], decoder: Decoder = RGB) -> None:
         self.paths, self.decoder = paths, decoder
-        self.left_out = 0
+        self.left_out: list[str] = []
+        """Why, each with the name of the file."""
 
     @property
     def status(self) -> int:
         """Of a command that has gone on without what could not be read."""
-        return int(self.left_out > 0)
+        return int(bool(self.left_out))
 
     def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
         for path in self.paths:
             try:
                 image = read_image(path, self.decoder)
             except UserError as error:
-                self.left_out += 1
+                self.left_out.append(str(error))
                 print(error, file=sys.stderr)
                 continue
             yield str(path), image
-        if self.paths and self.left_out == len(self.paths):
-            raise UserError(f"none of the {len(self.paths)} images is readable, e.g. {self.paths[0]}")
+        if self.paths and len(self.left_out) == len(self.paths):
+            raise UserError(f"none of the {len(self.paths)} images is readable, e.g. {self.left_out[0]}")
 
 
 def to_tensor(image: Image.Image, name: str, size: tuple[int, int] | None = None) -> torch.Tensor:

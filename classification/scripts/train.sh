@@ -38,7 +38,7 @@ command -v torchrun > /dev/null || fail "torchrun is not there: bash quickstart.
 gpus=${GPUS:-}
 if [[ -z $gpus ]]; then
     python=$(dirname "$(command -v torchrun)")/python
-    [[ -x $python ]] || python=python3
+    [[ -x $python ]] || fail "GPUS is not set, and there is no python beside torchrun that could count them: set GPUS"
     gpus=$("$python" -c 'import torch; print(max(torch.cuda.device_count(), 1))')
     echo "GPUS is not set: $gpus process(es), for the GPUs of this machine" >&2
 fi

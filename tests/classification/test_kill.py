@@ -242,7 +242,7 @@ def test_torchrun_restarts_a_killed_worker(torchrun, tiny_cfg, same_state, read_
     done = torchrun(2, *arguments, script=script, options=("--max-restarts=2",))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "once").exists()
-    [event] = read_log(tmp_path / "run", "event")
+    [_, event] = read_log(tmp_path / "run", "event")
     assert (event["what"], event["epoch"], event["slot"]) == ("resumed", 1, 2)
     same_state(tmp_path / "whole/checkpoints/last", tmp_path / "run/checkpoints/last")
 

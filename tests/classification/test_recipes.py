@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,9 @@ def start(tmp_path):
     fake = tmp_path / "bin" / "torchrun"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n')
     fake.chmod(0o755)
+    python = tmp_path / "bin" / "python"  # of the environment, beside it
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     (tmp_path / "images").mkdir()
     (tmp_path / "weights.pth").touch()
 

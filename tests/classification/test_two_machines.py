@@ -107,7 +107,7 @@ def test_a_killed_worker_of_either_machine(start, tiny_cfg, same_state, read_log
     statuses = [job.wait(timeout=240) for job in jobs]
     assert statuses == [0, 0], log_of(tmp_path, 0)[-3000:] + log_of(tmp_path, 1)[-3000:]
     assert (tmp_path / "once").exists()
-    [event] = read_log(run, "event")
+    [_, event] = read_log(run, "event")
     assert (event["what"], event["epoch"], event["slot"]) == ("resumed", 1, 2)
     whole = tmp_path / "whole"
     jobs = [
