@@ -1,4 +1,5 @@
-"""What the commands of this folder have in common: models, weights, images and devices as users name them.
+"""What the commands of this folder have in common: models, weights, devices and outputs as users name them. Images:
+image_files.py.
 
 Everything that a user can get wrong raises UserError.
 """

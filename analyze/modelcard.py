@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from ssm_models.weights import find, table
-from ssm_models.weights.table import TASKS, Entry
+from ssm_models.weights.table import METRICS, TASKS, Entry, backbone_of
 from ssm_train.common.command import run
 from ssm_train.common.errors import UserError
 
@@ -39,10 +39,6 @@ ACTIONS = ("test", "tta", "train")
 _NUMBERS = {
     "cascade-mask-rcnn_vim-tiny_simplefpn_100e_coco": {"box_ap": 45.7, "mask_ap": 39.2},
     "upernet_vim-tiny_60k_ade20k-512x512": {"miou": 41.0},
-}
-_NAMES = {
-    **{"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP"},
-    **{"miou": "mIoU", "miou_tta": "mIoU tta"},
 }
 # as the tools write them, and what makes percent of them
 _MEASURED = {"box_ap": ("coco/bbox_mAP", 100), "mask_ap": ("coco/segm_mAP", 100)}
@@ -95,7 +91,7 @@ def find_row(name: str) -> Row:
 def listing() -> Iterator[str]:
     """A line per row."""
     for row in rows().values():
-        numbers = ", ".join(f"{_NAMES[metric]} {value}" for metric, value in row.metrics.items())
+        numbers = ", ".join(f"{METRICS[metric]} {value}" for metric, value in row.metrics.items())
         weights = "no weights published" if row.entry is None else f"{row.entry.name}, {row.entry.filename}"
         yield f"{row.name:<52} {numbers:<28} {weights}"
 
@@ -145,7 +141,7 @@ def _weights(row: Row, action: str) -> str:
 
 def _classifier(name: str) -> str:
     """The weights that a detector or segmentor starts from, e.g. of upernet_vmamba-tiny-s1l8_160k_ade20k-512x512."""
-    backbone = name.split("_")[1].replace("-", "_")
+    backbone = backbone_of(name)
     return find(
         backbone if backbone in {entry.model for entry in table.entries().values()} else f"{backbone}_patch16_224"
     ).name
@@ -160,7 +156,7 @@ def compare(row: Row, measured: Mapping[str, float], tolerance: float) -> tuple[
         close = abs(difference) <= tolerance + 1e-9
         good &= close
         beyond = "" if close else f"   beyond the tolerance of {tolerance:g}"
-        lines.append(f"{_NAMES[metric]:12} {row.metrics[metric]:9.2f} {value:9.2f} {difference:+10.2f}{beyond}")
+        lines.append(f"{METRICS[metric]:12} {row.metrics[metric]:9.2f} {value:9.2f} {difference:+10.2f}{beyond}")
     return lines, good
 
 

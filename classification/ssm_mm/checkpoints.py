@@ -75,6 +75,22 @@ def newest_readable(folder: Path) -> Path | None:
     return None
 
 
+def dataset_meta(path: str | Path) -> dict[str, Any]:
+    """Names and colours of the classes that the model in a checkpoint knows; without what is none."""
+    found, kept = _entry(read(path), "meta", "dataset_meta"), {}
+    names, colours = _entry(found, "classes"), _entry(found, "palette")
+    if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+        kept["classes"] = tuple(names)
+    if isinstance(colours, (list, tuple)) and all(_is_colour(colour) for colour in colours):
+        kept["palette"] = [tuple(colour) for colour in colours]
+    return kept
+
+
+def _is_colour(value: Any) -> bool:
+    three = isinstance(value, (list, tuple)) and len(value) == 3
+    return three and all(type(part) is int and 0 <= part < 256 for part in value)
+
+
 class Options(NamedTuple):
     """How weights are taken from a checkpoint."""
 

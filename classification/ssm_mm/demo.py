@@ -48,7 +48,7 @@ def draw_predictions(args: argparse.Namespace, **drawing) -> list[Path]:
     model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
     visualizer = VISUALIZERS.build(cfg.visualizer)
-    visualizer.dataset_meta = checkpoints.read(args.checkpoint).get("meta", {}).get("dataset_meta", {})
+    visualizer.dataset_meta = checkpoints.dataset_meta(args.checkpoint)
     [first, *_] = plain_datasets(cfg.test_dataloader)
     steps = [step for step in first.pipeline if type_name(step) != "LoadAnnotations"]
     load, pipeline = Compose(steps[:1]), Compose(steps)

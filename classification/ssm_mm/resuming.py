@@ -1,19 +1,53 @@
 """What a training goes on from beside weights, compared with what it has itself before mmengine takes any of it.
 
 mmengine gives optimizers and schedulers whatever a file holds: a moment of another shape is read beyond its end by
-compiled updates, and a scheduler gets every attribute that the file names.
+compiled updates, and a scheduler gets every attribute that the file names. What a file calls the best checkpoint so far
+it deletes, with all that is below, when there is a better one.
 """
 
-import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor
 
 # what PyTorch's optimizers remember of a parameter, in its shape but for the count of steps
 _MOMENTS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+
+_LARGEST = 1 << 63
+_SEEDS = 1 << 32
+_BEST = re.compile(r"best_[\w.-]+\.pth")
+
+
+def own_records(content: dict[str, Any], work_dir: str | Path) -> None:
+    """Leave of a checkpoint's records, in place, what a training in `work_dir` can have written: the curves, the best
+    scores, which checkpoints are kept and which is best, by numbers and by files of that folder. The rest is recorded
+    anew."""
+    meta, hub = content["meta"], content["message_hub"]
+    seed = meta.get("seed")
+    if not (type(seed) is int and 0 <= seed < _SEEDS):
+        meta.pop("seed", None)
+    hub["log_scalars"] = {n: curve for n, curve in hub["log_scalars"].items() if isinstance(curve, HistoryBuffer)}
+    hub["runtime_info"] = {n: v for n, v in hub["runtime_info"].items() if _is_own(n, v, Path(work_dir).resolve())}
+    names = {*hub["log_scalars"], *hub["runtime_info"]}
+    hub["resumed_keys"] = {n: value for n, value in hub["resumed_keys"].items() if n in names and type(value) is bool}
+
+
+def _is_own(name: Any, value: Any, work_dir: Path) -> bool:
+    if not isinstance(name, str):
+        return False
+    if name.startswith("best_score"):
+        return _is_number(value)
+    if name == "keep_ckpt_ids":
+        return isinstance(value, list) and all(type(step) is int and 0 <= step < _LARGEST for step in value)
+    if name.startswith("best_ckpt") and isinstance(value, str) and "\0" not in value:
+        path = Path(value)
+        return bool(_BEST.fullmatch(path.name)) and path.parent.resolve() == work_dir
+    return False
 
 
 def resume_fault(content: Mapping[str, Any], wrapper: OptimWrapper, schedulers: Any) -> str:
@@ -75,7 +109,8 @@ def _is_state(key: Any, value: Any, shape: torch.Size | None) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    # float() of a larger one fails
+    return isinstance(value, (int, float)) and -_LARGEST < value < _LARGEST
 
 
 def _alike(saved: Any, own: Any, some: bool = False) -> bool:

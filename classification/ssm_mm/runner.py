@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ssm_mm.checkpoints import fit, read, read_to_resume
-from ssm_mm.resuming import resume_fault
+from ssm_mm.resuming import own_records, resume_fault
 from ssm_train.common.errors import UserError
 
 
@@ -34,12 +34,14 @@ class DataRunner(Runner):
         """Load the model strictly; returns the content of the file, as plain data on the CPU, for `resume`, where each
         part moves its tensors itself. UserError as `checkpoints.read` and `fit` say."""
         content = (read_to_resume if self._resume else read)(filename)
-        fault = resume_fault(content, self.optim_wrapper, self.param_schedulers) if self._resume else ""
-        if fault:
-            raise UserError(
-                f"checkpoint {filename} does not fit this training: {fault}; to start from its weights, use "
-                f"--cfg-options load_from={filename}"
-            )
+        if self._resume:
+            fault = resume_fault(content, self.optim_wrapper, self.param_schedulers)
+            if fault:
+                raise UserError(
+                    f"checkpoint {filename} does not fit this training: {fault}; to start from its weights, use "
+                    f"--cfg-options load_from={filename}"
+                )
+            own_records(content, self.work_dir)
         self.call_hook("after_load_checkpoint", checkpoint=content)
         model = unwrapped(self.model)
         model.load_state_dict(fit(model, content, filename))

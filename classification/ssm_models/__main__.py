@@ -52,10 +52,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def markdown() -> str:
     """The table of weights, as docs/weights.md has it."""
-    names = {"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU"}
     lines = ["| name | published | set | file | licence |", "|---|---|---|---|---|"]
     for entry in table_of_weights.entries().values():
-        numbers = ", ".join(f"{names.get(metric, 'mIoU tta')} {value}" for metric, value in entry.metrics.items())
+        numbers = ", ".join(f"{table_of_weights.METRICS[metric]} {value}" for metric, value in entry.metrics.items())
         file = f"[{entry.filename}]({entry.url})"
         lines.append(f"| `{entry.name}` | {numbers} | {entry.entry} | {file} | {entry.licence or 'none stated'} |")
     return "\n".join(lines)

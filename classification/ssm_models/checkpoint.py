@@ -59,9 +59,8 @@ def read_checkpoint(path: str | Path, which: str = "auto") -> dict[str, Tensor]:
     Args:
         path: a name of the table of published weights (`ssm_models.weights`), which names the set to read as well, or
             a ``.safetensors`` file or one of `torch.save`: a state dict, or a dictionary that holds one under
-            "model", "state_dict" or "model_ema". what wrappers put
-            before names (``module.``, ``_orig_mod.``) is stripped; of a detector or segmentor the part
-            ``backbone.`` is taken, without the prefix.
+            "model", "state_dict" or "model_ema". What wrappers put before names (``module.``, ``_orig_mod.``) is
+            stripped; of a detector or segmentor the part ``backbone.`` is taken, without the prefix.
         which: "model", "ema", or "auto": the first there is of model, state_dict, model_ema.
 
     Raises:
@@ -91,7 +90,7 @@ def find_weights(path: str | Path, which: str = "auto") -> Weights:
     content = {name: value for name, value in content.items() if name != "n_averaged"}
     weights = {_WRAPPERS.sub("", name): value for name, value in content.items()}
     if len(weights) < len(content):
-        raise CheckpointError(f"{path} has weights twice, with and without 'module.' before their names")
+        raise CheckpointError(f"{path} has weights twice, with and without a wrapper's prefix (module., _orig_mod.)")
     backbone = {n.removeprefix("backbone."): v for n, v in weights.items() if n.startswith("backbone.")}
     beside = tuple(name for name in weights if not name.startswith("backbone.")) if backbone else ()
     return Weights(path, backbone or weights, entry, entries, beside)

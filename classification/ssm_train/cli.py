@@ -235,9 +235,9 @@ def both_sets(network: nn.Module, cfg: CN, weights: Pretrained) -> tuple[dict[st
     one set was asked for; and what was loaded into `network`."""
     loaded = start_from(network, cfg, weights)
     _log.info("weights from %s", loaded)
-    models = {_RECORDS[loaded.set]: network}
+    models = {_RECORDS[loaded.taken]: network}
     for which in loaded.sets:
-        if weights.which == "auto" and which != loaded.set:
+        if weights.which == "auto" and which != loaded.taken:
             models[_RECORDS[which]] = other = copy.deepcopy(network)
             _log.info("evaluated, too: %s", start_from(other, cfg, weights._replace(which=which)))
     return models, loaded

@@ -66,12 +66,14 @@ def as_trained(cfg: CN, weights: Checkpoint | Path, told: Collection[str]) -> CN
         values = (settings.input_size[1], settings.interpolation, settings.crop_pct)
         whose = f"published for {weights}"
     else:
-        folder = weights.folder if isinstance(weights, Checkpoint) else best_or_itself(weights)
-        if not (folder / META).is_file():
-            return cfg
-        saved = parse_config(read_checkpoint(folder).meta["config"])
+        if isinstance(weights, Path):
+            folder = best_or_itself(weights)
+            if not (folder / META).is_file():
+                return cfg
+            weights = read_checkpoint(folder)
+        saved = parse_config(weights.meta["config"])
         values = [lookup(saved, key) for key in _EVALUATION]
-        whose = f"of the run that wrote {folder}"
+        whose = f"of the run that wrote {weights.folder}"
     changed = {
         key: value
         for key, value in zip(_EVALUATION, values, strict=True)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.dense
 
 from mmengine.hooks import EMAHook  # noqa: E402
 
-from ssm_mm.checkpoints import Options, load_strictly  # noqa: E402
+from ssm_mm.checkpoints import Options, dataset_meta, load_strictly  # noqa: E402
 from ssm_train.common.errors import UserError  # noqa: E402
 
 
@@ -70,3 +70,20 @@ def test_values_that_are_not_finite(tmp_path):
     model = Segmentor()
     load_strictly(model, tmp_path / "a.pth", Options(allow_nonfinite=True))
     assert model.decode_head.bias[1].isnan()
+
+
+def test_names_and_colours_of_classes(tmp_path):
+    for meta, expected in (
+        (
+            {"classes": ("a", "b"), "palette": [[1, 2, 3], (4, 5, 6)]},
+            {"classes": ("a", "b"), "palette": [(1, 2, 3), (4, 5, 6)]},
+        ),
+        ({"classes": ["a", 3], "palette": [[1, 2, 256]]}, {}),
+        ({"classes": "ab", "palette": [1]}, {}),
+        ([1], {}),
+        (None, {}),
+    ):
+        torch.save({"state_dict": {}, "meta": {"dataset_meta": meta}}, tmp_path / "a.pth")
+        assert dataset_meta(tmp_path / "a.pth") == expected
+    torch.save({"state_dict": {}, "meta": 5}, tmp_path / "a.pth")
+    assert dataset_meta(tmp_path / "a.pth") == {}

@@ -10,10 +10,11 @@ from torch import nn
 pytest.importorskip("mmengine")
 pytestmark = pytest.mark.dense
 
+from mmengine.logging import HistoryBuffer  # noqa: E402
 from mmengine.optim import LinearLR, MultiStepLR, OptimWrapper, OptimWrapperDict, PolyLR  # noqa: E402
 
 from ssm_mm.checkpoints import read  # noqa: E402
-from ssm_mm.resuming import resume_fault  # noqa: E402
+from ssm_mm.resuming import own_records, resume_fault  # noqa: E402
 
 
 def training(kind=torch.optim.AdamW, steps=3, **settings):
@@ -103,3 +104,41 @@ def test_several_optimizers():
     broken["optimizer"]["b"]["state"][0]["exp_avg"] = torch.zeros(1)
     assert resume_fault(broken, wrapper, schedulers).startswith("its optimizer has for parameter 0 a 'exp_avg'")
     assert resume_fault({**content, "optimizer": 3}, wrapper, schedulers) == "its optimizer has no state"
+
+
+def test_records_of_this_training_alone(tmp_path):
+    """Scores, numbers of checkpoints, and paths into the own folder; what tells mmengine to delete elsewhere goes."""
+    curve = HistoryBuffer([1.0], [1], 10)
+    own = str(tmp_path / "best_mIoU_iter_2.pth")
+    kept = {"best_score": 0.5, "best_score_mIoU": 1, "best_ckpt": own, "keep_ckpt_ids": [2, 4]}
+    foreign = {
+        **{"best_ckpt_a": str(tmp_path.parent / "best_a.pth"), "best_ckpt_b": str(tmp_path), "best_ckpt_c": 3},
+        **{"best_ckpt_d": f"{tmp_path}/work/../../best_d.pth", "best_ckpt_e": f"{tmp_path}/iter_2.pth"},
+        **{"best_score_a": "high", "best_score_b": math.nan, "cfg": "x = 1", "loop_stage": "train", 3: 4},
+    }
+    content = {
+        "meta": {"epoch": 1, "iter": 2, "seed": 1 << 40},
+        "message_hub": {
+            "log_scalars": {"train/loss": curve, "train/x": [1.0]},
+            "runtime_info": {**kept, **foreign},
+            "resumed_keys": {"train/loss": True, "best_score": torch.ones(2), "best_ckpt": False, "x": True},
+        },
+    }
+    own_records(content, tmp_path)
+    assert content["message_hub"] == {
+        "log_scalars": {"train/loss": curve},
+        "runtime_info": kept,
+        "resumed_keys": {"train/loss": True, "best_ckpt": False},
+    }
+    assert content["meta"] == {"epoch": 1, "iter": 2}
+    for ids in ([-1], ["/../../x"], [1 << 70], "12", [True]):
+        content["message_hub"]["runtime_info"] = {"keep_ckpt_ids": ids}
+        own_records(content, tmp_path)
+        assert content["message_hub"]["runtime_info"] == {}, ids
+
+
+def test_numbers_beyond_floats():
+    """Which math.isfinite cannot answer for."""
+    content = copy.deepcopy(content_of(*training()))
+    content["optimizer"]["param_groups"][1]["lr"] = 1 << 2000
+    assert resume_fault(content, *training(steps=0)).startswith("its optimizer has other groups")

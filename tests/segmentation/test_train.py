@@ -58,3 +58,22 @@ def test_states_of_another_training(trained, call, tmp_path):
     outcome = call(tool, "--work-dir", tmp_path, "--resume", tmp_path / "iter_2.pth")
     fault = "does not fit this training: its optimizer has for parameter 0 a 'exp_avg'"
     refuses(outcome, f"{tmp_path}/iter_2.pth {fault}", "load_from=")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_checkpoint_deletes_nothing(trained, call, tmp_path, kind):
+    """mmengine removes what a checkpoint calls the best one so far, with all that is below it."""
+    victim = tmp_path / "home"
+    victim.mkdir()
+    (victim / "best_thesis.pth").write_text("ten years")
+    content = read(trained / "iter_2.pth")
+    best = victim if kind == "folder" else victim / "best_thesis.pth"
+    info = {"best_score": -1.0, "best_ckpt": str(best), "keep_ckpt_ids": ["/../home/best_thesis"]}
+    content["message_hub"]["runtime_info"].update(info)
+    content["meta"]["seed"] = "no number"
+    torch.save(content, tmp_path / "iter_2.pth")
+    options = ["default_hooks.checkpoint.save_best=mIoU", "default_hooks.checkpoint.max_keep_ckpts=1"]
+    work = tmp_path / "work"
+    outcome = call(tool, "--work-dir", work, "--resume", tmp_path / "iter_2.pth", options=options)
+    assert outcome.status == 0 and len(list(work.glob("best_mIoU_*.pth"))) == 1, outcome.err
+    assert (victim / "best_thesis.pth").read_text() == "ten years"

@@ -25,6 +25,11 @@ from types import MappingProxyType
 from ..unpickle import CheckpointError
 
 TASKS = ("classification", "detection", "segmentation")
+METRICS = {
+    **{"top1": "top-1", "top5": "top-5", "box_ap": "box AP", "mask_ap": "mask AP"},
+    **{"miou": "mIoU", "miou_tta": "mIoU tta"},
+}
+"""What people call them."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,18 @@ class Entry:
 
     @property
     def backbone(self) -> str:
-        """The registered model itself, or that of a detector's or segmentor's backbone, as its config's name says:
-        upernet_vmamba-tiny-s1l8_160k_... has vmamba_tiny_s1l8."""
-        return self.model if self.task == "classification" else self.model.split("_")[1].replace("-", "_")
+        """The registered model itself, or that of a detector's or segmentor's backbone."""
+        return self.model if self.task == "classification" else backbone_of(self.model)
 
     @property
     def filename(self) -> str:
         return self.url.rpartition("/")[2]
+
+
+def backbone_of(config: str) -> str:
+    """The registered model of a detector's or segmentor's backbone, as the config's name says it:
+    upernet_vmamba-tiny-s1l8_160k_ade20k-512x512 has vmamba_tiny_s1l8."""
+    return config.split("_")[1].replace("-", "_")
 
 
 @functools.cache

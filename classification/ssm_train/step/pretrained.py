@@ -50,13 +50,13 @@ class Loaded(NamedTuple):
     """Written by this trainer."""
 
     @property
-    def set(self) -> str:
+    def taken(self) -> str:
         """Which of `sets` it was."""
         return "ema" if self.entry == "model_ema" or (self.ours and self.file.name == MODEL_EMA) else "model"
 
     def __str__(self) -> str:
         inside = f" ({self.entry})" if self.entry else ""
-        there = f"; it holds {' and '.join(self.sets)} weights, taken: {self.set}" if len(self.sets) > 1 else ""
+        there = f"; it holds {' and '.join(self.sets)} weights, taken: {self.taken}" if len(self.sets) > 1 else ""
         return f"{self.file}{inside}{there}{'; fresh classifier' * self.fresh_classifier}"
 
     def record(self) -> dict[str, Any]:
