@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native
+from . import _native, _trust
 
 NAMESPACE = "ssm_ops"
 IMPLS = ("reference", "cpu", "triton", "cuda")
@@ -129,11 +129,16 @@ def available(operator: Operator, device_type: str, dtype: torch.dtype | None = 
     return sorted(names, key=lambda name: name == "triton" and device_type == "cpu")  # an interpreter, for tests
 
 
-def chosen(operator: Operator, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """What "auto" takes: what ``SSM_OPS_IMPL`` prefers, if that can run, else the fastest available."""
-    if DEFAULT_IMPL != "auto" and why_unavailable(operator, DEFAULT_IMPL, device_type, dtype) is None:
-        return DEFAULT_IMPL
-    return available(operator, device_type, dtype)[0]
+def preferred(operator: Operator, device_type: str, dtype: torch.dtype | None = None) -> list[str]:
+    """What "auto" takes the first of that passes its self-check: what ``SSM_OPS_IMPL`` prefers, if that can run, then
+    the fastest."""
+    names = available(operator, device_type, dtype)
+    return sorted(names, key=lambda name: name != DEFAULT_IMPL)
+
+
+def distrust(operator: Operator, impl: str, device: torch.device) -> str | None:
+    """None if `impl` was found right on this device, or need not be asked (_trust.py); else what is wrong."""
+    return None if device.type != "cuda" else _trust.problem(operator.name, impl, device.index or 0)
 
 
 _WARNED: set[str] = set()
@@ -147,13 +152,18 @@ def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dt
         RuntimeError: the named implementation cannot run on `device` or in `dtype`; says why and what can.
     """
     if impl == "auto":
-        name = chosen(operator, device.type, dtype)
+        for name in preferred(operator, device.type, dtype):  # the reference, which is the last, is never refused
+            refusal = distrust(operator, name, device)
+            if refusal is None:
+                break
+            if not torch.compiler.is_compiling():
+                _warn(f"{operator.name} does not use {name} on {device}: {refusal}", frames=4)
         if name != DEFAULT_IMPL and not torch.compiler.is_compiling():
             _warn_of_missing(operator, name, device.type, dtype)
         return name
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
-    reason = why_unavailable(operator, impl, device.type, dtype)
+    reason = why_unavailable(operator, impl, device.type, dtype) or distrust(operator, impl, device)
     if reason is not None:
         raise RuntimeError(
             f"{operator.name}: impl={impl!r} is not available on {device}: {reason}. Available here: "
@@ -176,11 +186,14 @@ def _warn_of_missing(operator: Operator, taken: str, device_type: str, dtype: to
         if taken == "reference" or impl == DEFAULT_IMPL or _native.PATHS.get(impl) is not None:
             _WARNED.add(reason)
             slow = "its slow reference implementation" if taken == "reference" else taken
-            warnings.warn(
-                f"ssm_ops: {operator.name} runs {slow} on {device_type} tensors: {reason}; see `python -m ssm_ops`",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            _warn(f"{operator.name} runs {slow} on {device_type} tensors: {reason}; see `python -m ssm_ops`", frames=5)
+
+
+def _warn(message: str, frames: int) -> None:
+    """Once per message, at the line that called the operator, so many frames up."""
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(f"ssm_ops: {message}", RuntimeWarning, stacklevel=frames)
 
 
 # ---- registration --------------------------------------------------------------------------------------------------

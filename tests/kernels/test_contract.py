@@ -145,6 +145,6 @@ def test_gpus_of_another_maker_are_refused_by_name(monkeypatch):
     assert reason.startswith("torch is built for ROCm 6.4.1: the kernels are for NVIDIA GPUs")
     monkeypatch.setattr(_library, "_MISSING", {"triton": reason, "cuda": "not built"})
     operator = _library.OPERATORS["selective_scan"]
-    assert _library.chosen(operator, "cuda") == "reference"
+    assert _library.preferred(operator, "cuda") == ["reference"]
     with pytest.raises(RuntimeError, match="impl='triton' is not available on cuda: torch is built for ROCm"):
         resolve(operator, "triton", torch.device("cuda"), torch.float32)
