@@ -2,7 +2,8 @@
 # Everything that needs a GPU, in one command and under nine minutes: bash kernels/benchmarks/gpu_suite.sh OUT_FOLDER
 #
 # Builds the compiled operators for this GPU, runs the GPU tests, times the operators and whole models, and writes
-#   environment.txt  log.txt  operators.{csv,png}  models-eager.{csv,png}  models-compiled.{csv,png}
+#   verdict.md (one page)  environment.txt  check.txt  parts.csv  log.txt
+#   operators.{csv,png}  models-eager.{csv,png}  models-compiled.{csv,png}
 # into OUT_FOLDER, in place of what has these names there. Needs no network: PYTHON (.venv/bin/python if there is one,
 # else python3) must hold torch, triton, timm, matplotlib, pytest, pip and setuptools; nvcc must be in CUDA_HOME or on
 # the PATH. A part that fails or runs out of time does not stop the others; the exit status is then 1, and the last line
@@ -41,11 +42,14 @@ part() {
     timeout --kill-after=5 "$seconds" "$@"
     status=$?
     echo "==== $name: status $status after $((SECONDS - start)) s"
+    local result=passed
     case $status in
     0) ;;
-    124 | 137) failed+=("$name (out of time)") ;;
-    *) failed+=("$name (status $status)") ;;
+    124 | 137) result="out of time" ;;
+    *) result="status $status" ;;
     esac
+    [ "$result" = passed ] || failed+=("$name ($result)")
+    echo "$name,$result,$((SECONDS - start)),$seconds" >>"$out/parts.csv"
 }
 
 commit() {
@@ -85,15 +89,28 @@ build() {
     return $status
 }
 
+# The doctor's table of what is right; `set -o pipefail` keeps its status.
+check() {
+    "$PYTHON" -m ssm_ops --check --device cuda:0 | tee "$out/check.txt"
+}
+
+# The limits: nvcc compiles six files for one GPU side by side; the check and the tests wait for Triton's compiler; five of
+# the smoke runs are trainings, in processes that take longer to start than to train; a timed way of a case takes what
+# do_bench spends, a quarter of a second; models-compiled waits for torch.compile. With 5 seconds for the end of each they
+# make less than nine minutes.
 main() {
     local benchmarks=kernels/benchmarks names models
     models=("$PYTHON" $benchmarks/models.py --device cuda --dtype bfloat16 --channels-last)
     environment | tee "$out/environment.txt"
-    part build 110 bash -c build
-    part tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/models
-    part operators 90 "$PYTHON" $benchmarks/run.py --device cuda --dtype bfloat16 --batch 32 --out "$out/operators.csv"
-    part models-eager 50 "${models[@]}" --out "$out/models-eager.csv"
-    part models-compiled 110 "${models[@]}" --compile --out "$out/models-compiled.csv"
+    echo "part,result,seconds,limit" >"$out/parts.csv"
+    part build 90 bash -c build
+    part check 60 bash -c check
+    part tests 105 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --ignore tests/gpu tests
+    part smoke 75 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/gpu
+    part operators 60 "$PYTHON" $benchmarks/run.py --device cuda --dtype bfloat16 --batch 32 --out "$out/operators.csv"
+    part models-eager 35 "${models[@]}" --out "$out/models-eager.csv"
+    part models-compiled 60 "${models[@]}" --compile --out "$out/models-compiled.csv"
+    "$PYTHON" $benchmarks/verdict.py "$out"
     if [ ${#failed[@]} -gt 0 ]; then
         printf -v names '%s, ' "${failed[@]}"
         echo "FAILED: ${names%, }"
@@ -103,9 +120,9 @@ main() {
 }
 
 mkdir -p "$out" || exit 2
-rm -f "$out"/{environment,log}.txt "$out"/{operators,models-eager,models-compiled}.{csv,png}
-export PYTHON TORCH_CUDA_ARCH_LIST=$capability PYTHONUNBUFFERED=1
+rm -f "$out"/{environment,check,log}.txt "$out"/{parts.csv,verdict.md} "$out"/{operators,models-eager,models-compiled}.{csv,png}
+export out PYTHON TORCH_CUDA_ARCH_LIST=$capability PYTHONUNBUFFERED=1
 # Should the build fail, the parts that need none still find the packages.
 export PYTHONPATH=$PWD/kernels:$PWD/classification${PYTHONPATH:+:$PYTHONPATH}
-export -f build
+export -f build check
 main 2>&1 | tee "$out/log.txt"

@@ -4,7 +4,8 @@ First the numbers of every implementation are compared with the first one's; one
 and the exit status is 1.
 Then all ways to compute a case are timed, forward and forward + backward (see timing.py), and the table shows medians
 with the fastest and slowest run, the bytes that must move, and their rate as a share of the copy bandwidth measured
-here. Beside the csv comes a PNG of the curves.
+here; a share above 1 has a note. On a GPU the time that a call takes of the host stands apart (host_ms). Beside the csv
+comes a PNG of the curves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from cases import MAKERS, Case, cases
 from output import panels, write_csv, write_png
-from timing import Times, measure
+from timing import Times, host_seconds, measure
 
 COLUMNS = (
     "operator",
@@ -31,7 +32,11 @@ COLUMNS = (
     "bytes",
     "copy_share",
     "speedup",
+    "host_ms",
+    "note",
 )
+IN_CACHE = "no measure of memory: part of the bytes stays in a cache"
+"""Where more bytes a second would have to move than a large copy moves."""
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -66,8 +71,10 @@ def gate(case: Case) -> dict[str, float]:
     }
 
 
-def time_case(case: Case, names: list[str], repeats: int, device: torch.device) -> dict[tuple[str, str], Times]:
-    """Of every pass and way."""
+def time_case(
+    case: Case, names: list[str], repeats: int, device: torch.device
+) -> dict[tuple[str, str], tuple[Times, float | None]]:
+    """Of every pass and way, with the seconds of the host."""
     dout = torch.ones_like(case.run[names[0]](*case.inputs))
 
     def forward(run):
@@ -81,7 +88,8 @@ def time_case(case: Case, names: list[str], repeats: int, device: torch.device) 
     for name in names:
         runs["forward", name] = functools.partial(forward, case.run[name])
         runs["forward+backward", name] = functools.partial(both, case.run[name])
-    return measure(runs, repeats, device)
+    times = measure(runs, repeats, device)
+    return {key: (times[key], host_seconds(run, device)) for key, run in runs.items()}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -105,14 +113,16 @@ def rows_of(case: Case, args, device, dtype, bandwidth: float) -> tuple[list[dic
     taken = time_case(case, names, args.repeats, device)
     moved = {"forward": case.bytes_forward, "forward+backward": case.bytes_forward + case.bytes_backward}
     rows = []
-    for (label, name), t in taken.items():
+    for (label, name), (t, host) in taken.items():
         share = moved[label] / t.median / bandwidth
-        speedup = max(taken[label, other].median for other in names) / t.median
+        speedup = max(taken[label, other][0].median for other in names) / t.median
         values = (case.operator, case.size, args.dtype, name, label, 1e3 * t.median, 1e3 * t.fastest, 1e3 * t.slowest)
-        rows.append(dict(zip(COLUMNS, (*values, moved[label], share, speedup), strict=True)))
+        notes = ("" if host is None else 1e3 * host, IN_CACHE if share > 1 else "")
+        rows.append(dict(zip(COLUMNS, (*values, moved[label], share, speedup, *notes), strict=True)))
         print(
             f"{case.operator:15} {case.size:28} {label:17} {name:12} {1e3 * t.median:9.3f} ms "
-            f"({1e3 * t.fastest:.3f}..{1e3 * t.slowest:.3f})  {share:6.1%} of copy  x{speedup:.1f}",
+            f"({1e3 * t.fastest:.3f}..{1e3 * t.slowest:.3f})  {share:6.1%} of copy{'*' * (share > 1)}  x{speedup:.1f}"
+            + ("" if host is None else f"  host {1e3 * host:.3f} ms"),
             flush=True,
         )
     return sorted(rows, key=lambda row: row["pass"]), len(wrong)

@@ -40,3 +40,23 @@ def measure(runs: dict[Name, Callable[[], object]], turns: int, device: torch.de
             if turn > 0:
                 taken[name].append(time.perf_counter() - start)
     return {name: Times(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
+
+
+CALLS = 20  # a GPU's queue holds a thousand launches; a call makes a few
+
+
+def host_seconds(run: Callable[[], object], device: torch.device) -> float | None:
+    """What a call takes of the host until it returns, the GPU's work not waited for: Python, PyTorch and the launches.
+
+    Where a call's time on the GPU is less, the host sets the pace. None on the CPU, where both are one.
+    """
+    if device.type != "cuda":
+        return None
+    run()
+    torch.cuda.synchronize(device)  # an empty queue, so that no launch waits for room in it
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        run()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    return taken / CALLS

@@ -25,7 +25,7 @@ def start(command, **env) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def scripts():
     """The modules of the benchmarks by their names, as one of them finds the others that lie beside it."""
-    names = ("run", "models", "timing")
+    names = ("run", "models", "timing", "verdict")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         for name in (*names, "cases", "output"):
@@ -97,6 +97,64 @@ def test_gpus_are_timed_by_triton(scripts, monkeypatch):
     times = scripts["timing"].measure({"a": lambda: 2.0, "b": lambda: 8.0}, 7, torch.device("cuda"))
     assert asked == [[0.5, 0.0, 1.0]] * 2
     assert times["a"] == pytest.approx((0.005, 0.004, 0.006)) and times["b"] == pytest.approx((0.008, 0.004, 0.012))
+
+
+def test_the_host_is_timed_apart(scripts, monkeypatch):
+    """Calls that return at once, from an empty queue; what the GPU still has to do is waited for outside the time."""
+    timing, now, said = scripts["timing"], [0.0], []
+
+    def run():
+        now[0] += 0.25
+        said.append("call")
+
+    def synchronize(device):
+        now[0] += 100.0
+        said.append("wait")
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert timing.host_seconds(run, torch.device("cuda")) == 0.25
+    assert said == ["call", "wait"] + ["call"] * timing.CALLS + ["wait"]
+    assert timing.host_seconds(run, torch.device("cpu")) is None
+
+
+def test_a_share_above_one_has_a_note(scripts, tmp_path, monkeypatch):
+    for bandwidth, note in ((1.0, scripts["run"].IN_CACHE), (1e30, "")):
+        monkeypatch.setattr(scripts["run"], "copy_bandwidth", lambda device, bandwidth=bandwidth: bandwidth)
+        rows = table(scripts["run"], tmp_path / "run.csv", "--ops", "cross_scan", "--sizes", 4, "--batch", 1)
+        assert {row["note"] for row in rows} == {note} and {row["host_ms"] for row in rows} == {""}
+        assert all((float(row["copy_share"]) > 1) == bool(note) for row in rows)
+
+
+def test_verdict(scripts, tmp_path):
+    """From tables of known numbers; what is missing is named."""
+    run, models = scripts["run"], scripts["models"]
+    (tmp_path / "parts.csv").write_text("part,result,seconds,limit\nbuild,passed,61,90\ntests,status 1,80,105\n")
+    (tmp_path / "environment.txt").write_text("gpu: NVIDIA H100\n")
+    (tmp_path / "check.txt").write_text("cuda:0 a cuda right\ncuda:0 a triton it hangs\n1 of 2 are wrong: b\n")
+    values = {"operator": "a", "dtype": "bfloat16", "pass": "forward", "impl": "cuda", "note": ""}
+    rows = [
+        values | {"size": "s", "speedup": 2.04, "copy_share": 0.5, "host_ms": 0.2, "median_ms": 0.1},
+        values | {"size": "t", "speedup": 7.5, "copy_share": 1.2, "host_ms": 0.2, "median_ms": 0.3, "note": "cache"},
+    ]
+    scripts["run"].write_csv(rows, run.COLUMNS, tmp_path / "operators.csv")
+    common = {"pass": "inference", "layout": "nchw", "batch": 64, "dtype": "bfloat16"}
+    speeds = [common | {"model": m, "images_per_second": s} for m, s in (("ours", 150.0), ("swin", 100.0))]
+    run.write_csv(speeds, models.COLUMNS, tmp_path / "models-eager.csv")
+    scripts["verdict"].main([str(tmp_path)])
+    page = (tmp_path / "verdict.md").read_text().splitlines()
+    for line in (
+        "* gpu: NVIDIA H100",
+        "| tests | status 1 | 80 | 105 |",
+        "Self-check: 1 of 2 are wrong: b",
+        "* cuda:0 a triton it hangs",
+        "Operators, bfloat16: ranges over 2 sizes",
+        "| a | forward | cuda | 2.0..7.5 | 50%..120%* | 1 of 2 |",
+        "Models, eager, batch 64, bfloat16: images/s as a ratio to swin",
+        "* ours, inference, nchw: 1.50",
+        "Models, compiled: not timed",
+    ):
+        assert page.count(line) == 1, line
 
 
 @pytest.mark.parametrize("operator", NUMBERS)
@@ -182,9 +240,14 @@ case "$*" in
 *is_available*) echo 9.0 ;;
 *"-m pytest"*) echo "2 failed"; exit 1 ;;
 *models.py*--compile*) exit 124 ;;
+*verdict.py*) echo "# Verdict" | tee "${@: -1}/verdict.md" ;;
+*--check*) echo "all 7 are right" ;;
 *.csv*) echo new >"${@: -1}" ;;
 esac
 """
+
+
+PARTS = ("build", "check", "tests", "smoke", "operators", "models-eager", "models-compiled")
 
 
 def test_suite_goes_on_after_a_failure_and_names_it(tmp_path):
@@ -196,11 +259,16 @@ def test_suite_goes_on_after_a_failure_and_names_it(tmp_path):
         (out / name).write_text("old")
     done = start([BASH, FOLDER / "gpu_suite.sh", out], PYTHON=str(python), CALLS=str(calls), TORCH_CUDA_ARCH_LIST="")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "FAILED: tests (status 1), models-compiled (out of time)"
+    assert done.stdout.splitlines()[-1] == "FAILED: tests (status 1), smoke (status 1), models-compiled (out of time)"
     assert (out / "log.txt").read_text() == done.stdout
     files = {path.name: path.read_text() for path in out.iterdir()}
     assert files["operators.csv"] == files["models-eager.csv"] == "new\n" and files["mine.txt"] == "old"
     assert "models-compiled.csv" not in files and {"environment.txt", "log.txt"} <= set(files)
+    assert files["check.txt"] == "all 7 are right\n" and files["verdict.md"] == "# Verdict\n"
+    rows = [line.split(",") for line in files["parts.csv"].splitlines()]
+    assert rows[0] == ["part", "result", "seconds", "limit"]
+    results = ["passed", "passed", "status 1", "status 1", "passed", "passed", "out of time"]
+    assert [row[1] for row in rows[1:]] == results and [row[0] for row in rows[1:]] == list(PARTS)
     assert "commit: " in files["environment.txt"] and "nvcc: " in files["environment.txt"]
     installs = [line for line in calls.read_text().splitlines() if "pip install" in line]
     assert installs == [f"9.0|{kind}|-m pip install -e . --no-build-isolation --no-deps" for kind in ("cpu", "cuda")]
@@ -213,12 +281,12 @@ def test_suite_says_what_the_build_lacks(tmp_path):
     done = start([BASH, FOLDER / "gpu_suite.sh", out], PYTHON=str(python), CALLS=str(tmp_path / "calls"))
     assert done.returncode == 1
     assert "error: building needs pip and setuptools 77 or newer" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("FAILED: build (status 1), tests")
+    assert done.stdout.splitlines()[-1].startswith("FAILED: build (status 1), tests (status 1)")
 
 
 def test_suite_fits_its_time():
     parts = [
         line.split() for line in (FOLDER / "gpu_suite.sh").read_text().splitlines() if line.startswith("    part ")
     ]
-    assert [part[1] for part in parts] == ["build", "tests", "operators", "models-eager", "models-compiled"]
+    assert [part[1] for part in parts] == list(PARTS)
     assert sum(int(part[2]) + 5 for part in parts) <= 9 * 60 - 5
