@@ -61,9 +61,12 @@ inline const char* launch(void (*kernel)(ScanArguments), const ScanArguments& a,
     if (blocks > INT32_MAX) return "too many blocks of channels";
     cudaError_t status = cudaSetDevice(a.device);  // the runtime of this library is not that of PyTorch
     if (status == cudaSuccess) {
-        void* arguments[] = {const_cast<ScanArguments*>(&a)};
-        status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(32 * a.warps),
-                                  arguments, size_t(a.warps * floats_of_warp) * sizeof(float), a.stream);
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(unsigned(blocks));
+        config.blockDim = dim3(32 * a.warps);
+        config.dynamicSmemBytes = size_t(a.warps * floats_of_warp) * sizeof(float);
+        config.stream = a.stream;
+        status = cudaLaunchKernelEx(&config, kernel, a);
     }
     return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

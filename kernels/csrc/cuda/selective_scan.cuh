@@ -23,6 +23,7 @@
 // headers of PyTorch: the library fits every version of it.
 #pragma once
 
+#include "instructions.cuh"
 #include "interface.cuh"
 
 namespace {
@@ -35,13 +36,6 @@ using Args = ScanArguments;
 using Run = float[K];
 
 // ---- elementary functions -------------------------------------------------------------------------------------------
-
-// 2^x, to 2 units in the last place; one instruction
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // log(1 + v) for v in [0, 1], to a relative error of 1.4e-7 however small v is
 __device__ __forceinline__ float log1p_unit(float v) {
@@ -122,11 +116,6 @@ __device__ __forceinline__ void store_run(const Run& x, int tokens, int vector, 
         for (int j = 0; j < K; j++)
             if (j < tokens) from_float(x[j], to[j]);
     }
-}
-
-// Ask for what the next tile will need; the data waits in the second-level cache, not in registers.
-__device__ __forceinline__ void prefetch(const void* address) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // ---- scans across the R lanes of a channel --------------------------------------------------------------------------

@@ -147,6 +147,8 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
 #pragma unroll
                 for (int j = 0; j < K / CHANNELS; j++) to[j] = shares[j];
             }
+            // Also for the next tile, which overwrites `before` and begins with what lane 0 has written: after the barrier
+            // of its last batch, this tile uses neither.
             __syncthreads();
             for (int i = threadIdx.x; i < count * 2 * TILE; i += blockDim.x) {
                 float sum = 0.0f;
@@ -187,7 +189,6 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
             }
             store_run(z, own, a.vector, static_cast<T*>(a.dz.data) + own_row + t);
         }
-        __syncwarp();  // the next tile overwrites `before`, and begins with what lane 0 has written
     }
 
     const int64_t channel = k.sample * a.dim + k.channel;
