@@ -20,7 +20,7 @@ from ssm_train.common.seeding import seed_step
 from ssm_train.continuation import refuse_existing_run, set_aside
 from ssm_train.data.build import check_same_classes, close_workers, eval_loader, scan_split, train_loader
 from ssm_train.data.dataset import BadImages, Batch
-from ssm_train.data.prefetch import device_batches
+from ssm_train.data.prefetch import DeviceBatches
 from ssm_train.data.sources.base import ImageSource
 from ssm_train.record.checkpoint import Checkpoint, Position
 from ssm_train.record.guard import Guard, MicroStep, write_dump
@@ -125,6 +125,7 @@ class Trainer:
         self.source, self.loader, self.val_loader = source, loader, val_loader
         self.updates_per_epoch = loader.batch_sampler.updates_per_epoch
         self.memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
+        self.batches = DeviceBatches(loader, world.device, self.memory_format)
         self.store = CheckpointStore(folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS)
         self.results = Results()
         self.guard = Guard(cfg.TRAIN.MAX_NONFINITE, cfg.TRAIN.MAX_ROLLBACKS)
@@ -253,7 +254,7 @@ class Trainer:
         set_train_mode(run.parallel)
         self.loader.batch_sampler.set_position(epoch, first)
         accumulation = cfg.TRAIN.ACCUMULATION_STEPS
-        batches = device_batches(self.loader, self.world.device, self.memory_format)
+        batches = iter(self.batches)
         meter = Meter(self.world)
         self.progress.epoch(epoch + 1, self.updates_per_epoch * accumulation, first * accumulation)
         for slot in range(first, self.updates_per_epoch):
@@ -268,8 +269,7 @@ class Trainer:
                 meter.add(loss, len(batch.images))
                 steps.append(batch)
                 losses.append(loss)
-            finite = bool(torch.stack(losses).isfinite().all())
-            update = take_update(run, self.world, finite=finite, stop=bool(self.stop), statistics=statistics)
+            update = take_update(run, self.world, losses=losses, stop=bool(self.stop), statistics=statistics)
             self.position = Position(epoch, slot + 1)
             run.steps_here += accumulation
             if update.made:

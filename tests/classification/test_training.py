@@ -30,7 +30,7 @@ CPU = World(0, 1, torch.device("cpu"))
 
 
 def update(run):
-    return take_update(run, CPU, finite=True, stop=False)
+    return take_update(run, CPU, losses=[torch.zeros(())], stop=False)
 
 
 @pytest.fixture
@@ -346,3 +346,17 @@ def test_compiled_and_channels_last(cli, read_log, tmp_path, monkeypatch):
     for name in ("compiled", "channels_last"):
         assert losses[name] == pytest.approx(losses["plain"], rel=1e-5)
         assert states[name].keys() == states["plain"].keys()
+
+
+def test_an_update_is_read_from_the_device_once(make, monkeypatch):
+    """Whether it may be taken, its norm, and who was asked to stop: every reading lets a GPU run out of work."""
+    _, run = make("TRAIN.EMA_DECAY 0.75 TRAIN.CLIP_GRAD 1e-4")
+    training_loss(run, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])).backward()
+    read = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, name=name, original=original: read.append(name) or original(self)
+        )
+    assert update(run).made
+    assert read == ["tolist"]

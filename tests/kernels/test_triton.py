@@ -1,6 +1,7 @@
 """The Triton kernels without a GPU: their numbers under the interpreter, and whether they compile for GPUs."""
 
 import importlib
+import itertools
 import os
 
 import pytest
@@ -136,16 +137,17 @@ def test_ssd_compiles(no_cache, name, dtype, capability):
 def test_ssd_steps_and_convolution_compile(no_cache, dtype, capability):
     steps = {"dt": dtype, "A": "fp32", "dt_bias": "fp32", "steps": "fp32"}
     cubins = [compile_for_gpu(SSD.ssd_step_kernel, steps, {"SOFTPLUS": True, "BT": 64}, 1, capability)]
-    for kernel in (CONV.causal_conv1d_kernel, CONV.causal_conv1d_grad_kernel):
-        _, _, blocks = CONV._plan(torch.empty(1, 384, 197, device="meta"))
+    kernels = (CONV.causal_conv1d_kernel, CONV.causal_conv1d_grad_kernel)
+    for kernel, last in itertools.product(kernels, (False, True)):
+        _, _, blocks = CONV._plan(torch.empty(1, 384, 197, device="meta"), last)
         warps = blocks.pop("num_warps")
         maps = dict.fromkeys(("x", "weight", "bias", "out", "dout"), dtype)
         kept = dict.fromkeys(("dy", "d_weight", "d_bias"), "fp32")
         pointers = {n: t for n, t in (maps | kept).items() if n in kernel.arg_names}
-        constants = blocks | {"K": 4, "SILU": True, "REVERSE": True}
+        constants = blocks | {"K": 4, "SILU": True, "REVERSE": True, "LAST": last}
         constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
         cubins.append(compile_for_gpu(kernel, pointers, constants, warps, capability))
-    assert [stack_bytes(cubin, no_cache) for cubin in cubins] == [0, 0, 0]
+    assert [stack_bytes(cubin, no_cache) for cubin in cubins] == [0] * 5
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------

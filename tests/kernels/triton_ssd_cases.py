@@ -66,9 +66,16 @@ def check_ssd(case, dtype):
     assert_as_exact_as_the_reference(ssd_chunk_scan, rounded, factors, dtype, TENSORS_OF_X, **flags)
 
 
-def check_convolution(sizes, dtype, reverse):
+def channels_last(x):
+    """(B, D, L) whose memory is (B, L, D)"""
+    return x.mT.contiguous().mT
+
+
+def check_convolution(sizes, dtype, reverse, last=False):
     batch, dim, length, taps = sizes
     made = {"x": torch.randn(batch, dim, length), "weight": torch.randn(dim, taps), "bias": torch.randn(dim)}
+    if last:
+        made["x"] = channels_last(made["x"])
     factors = [torch.randn(batch, dim, length, device=DEVICE).to(dtype).double()]
     flags = {"activation": "silu", "reverse": reverse}
     assert_as_exact_as_the_reference(causal_conv1d, on_device(made, dtype), factors, dtype, tuple(made), **flags)
@@ -82,9 +89,25 @@ def test_blocks_and_tiles_of_ssd(case, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("sizes", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
-def test_blocks_and_tiles_of_the_convolution(sizes, reverse, dtype):
-    check_convolution(sizes, dtype, reverse)
+def test_blocks_and_tiles_of_the_convolution(sizes, last, reverse, dtype):
+    check_convolution(sizes, dtype, reverse, last)
+
+
+@pytest.mark.parametrize("dout_last", [False, True])
+def test_the_convolution_keeps_the_layout_of_its_input(dout_last):
+    """Also of half of a wider tensor, as Vim's in_proj makes it, and whatever the layout of the gradient."""
+    wide = channels_last(torch.randn(2, 2 * 20, 37, device=DEVICE))
+    x, weight = wide[:, :20].detach().requires_grad_(), torch.randn(20, 4, device=DEVICE)
+    dout = torch.randn(2, 20, 37, device=DEVICE)
+    results = {}
+    for impl in ("reference", "triton"):
+        out = causal_conv1d(x, weight, activation="silu", impl=impl)
+        [dx] = torch.autograd.grad(out, [x], channels_last(dout) if dout_last else dout)
+        results[impl] = (out, dx)
+    for got, want in zip(results["triton"], results["reference"], strict=True):
+        assert got.mT.is_contiguous() and rms_error(got, want) < 1e-6
 
 
 def test_slices_of_a_larger_tensor():

@@ -90,21 +90,23 @@ class Update(NamedTuple):
 
 
 def take_update(
-    run: Training, world: World, *, finite: bool, stop: bool, statistics: list[torch.Tensor] | None = None
+    run: Training, world: World, *, losses: list[torch.Tensor], stop: bool, statistics: list[torch.Tensor] | None = None
 ) -> Update:
     """Clip, step, average; or skip, on all ranks together.
 
-    `finite`: the losses of this rank were; `stop`: this rank was asked to stop. Both are shared in one exchange. A loss
+    `losses` of this rank, scalars; `stop`: this rank was asked to stop. What is shared is so in one exchange, and the
+    host waits for the device once (and for the scale of fp16, where there is one). A loss
     or gradient that is not finite on any rank skips the update on all: gradients are averaged, so one spoils all. Then
     neither the weights, nor the averages, nor the learning rate move, and running statistics go back to `statistics`,
     a copy from before the forward passes.
     """
     run.scaler.unscale_(run.optimizer)
     total = nn.utils.get_total_norm([p.grad for p in run.trained if p.grad is not None])
-    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
-    if run.clip_grad and norm > run.clip_grad:
+    if run.clip_grad:  # by a factor of 1 at most
         nn.utils.clip_grads_with_norm_(run.trained, run.clip_grad, total)
-    bad, stops = world.sum([not finite, stop])
+    norm = total.full_tensor() if isinstance(total, DTensor) else total
+    bad = ~torch.stack(losses).isfinite().all()
+    (norm,), (bad, stops) = world.read_with_sums(norm[None], torch.stack([bad, torch.full_like(bad, stop)]))
     made = not bad and math.isfinite(norm)
     if made:
         run.scaler.step(run.optimizer)

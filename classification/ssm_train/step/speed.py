@@ -35,8 +35,9 @@ def training_speed(run: Training, cfg: CN, world: World) -> float:
     targets = torch.arange(len(images), device=world.device) % cfg.MODEL.NUM_CLASSES
 
     def step() -> None:
-        run.scaler.scale(training_loss(run, images, targets, mesa=cfg.TRAIN.MESA > 0)).backward()
-        take_update(run, world, finite=True, stop=False)
+        loss = training_loss(run, images, targets, mesa=cfg.TRAIN.MESA > 0)
+        run.scaler.scale(loss).backward()
+        take_update(run, world, losses=[loss.detach()], stop=False)
 
     return len(images) / _median_seconds(step, world)
 

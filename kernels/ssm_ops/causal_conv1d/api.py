@@ -44,7 +44,7 @@ def causal_conv1d(
             custom operator, also under ``torch.export``.
 
     Returns:
-        (B, D, L), dtype of x; contiguous, but "cpu" gives channels-last results, (B, L, D) in memory, for such x.
+        (B, D, L), dtype of x; contiguous, but kernels give channels-last results, (B, L, D) in memory, for such x.
 
     Sums and the activation are formed in float32 (float64 for float64 inputs), whatever autocast says. Gradients come
     in the dtype of their input. The same call gives the same bits.
@@ -90,8 +90,8 @@ def is_channels_last(x: torch.Tensor) -> bool:
 
 
 def result_like(x: torch.Tensor, impl: str, dtype: torch.dtype) -> torch.Tensor:
-    """(B, D, L), not filled: "cpu" keeps the layout of channels-last inputs, all others write contiguous results."""
-    if impl == "cpu" and is_channels_last(x):
+    """(B, D, L), not filled: kernels keep the layout of channels-last inputs, the reference has contiguous results."""
+    if impl != "reference" and is_channels_last(x):
         return x.new_empty(x.mT.shape, dtype=dtype).mT
     return x.new_empty(x.shape, dtype=dtype)
 
