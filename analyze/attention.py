@@ -16,7 +16,9 @@ Modes, each a mean over channels:
     CwBdtw  dt_s of it: W itself, the derivative of y_t by u_s
     ww      sum_n w_tn / w_sn: the memory alone
 NC-SSD knows no distance: every token has one weight, w_s = dt_s |A|, step size included. CwBw and CwBdtw are there the
-same, sum_n C_tn B_sn w_s, and ww is w_s. Softmax attention has one mode, softmax: its probabilities, meant over heads.
+same, sum_n C_tn B_sn w_s, and ww is w_s. In its normalised form (VSSD of ICCV 2025) w_s is a softmax over the tokens,
+which the step size is part of: CBdt is the same as CwBw, too. Every sum over n is divided by the token t's own number.
+Softmax attention has one mode, softmax: its probabilities, meant over heads.
 
 Shapes: L tokens of a sequence, S steps of a scan (L, or a line of a map), D channels (heads where all channels of a
 head share everything), N state, G groups of B and C, R rank of dt, K scans, H W map.
@@ -35,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_models.layers.attention import Attention
+from ssm_models.layers.linear_nc_ssd import LinearNCSSD
 from ssm_models.layers.ss2d import SS2D, K
 from ssm_models.layers.ss2d_m0 import SS2DM0
 from ssm_models.layers.ss2d_xv import SS2DXv
@@ -127,7 +130,7 @@ def sources(mixer: nn.Module, x: Tensor, grid: tuple[int, int], query: int) -> l
     """What adds up the tokens of the sequence or map x at token `query`: a route each, in the order of the paper.
 
     Args:
-        mixer: SS2D of any forward type, SS2DXv, SS2DM0, BiMamba, NCSSD or Attention.
+        mixer: SS2D of any forward type, SS2DXv, SS2DM0, BiMamba, NCSSD, LinearNCSSD or Attention.
         x: input of the mixer for one image.
         grid: (H, W) of the map; (1, L) of a sequence.
         query: number of the token, row by row.
@@ -139,6 +142,8 @@ def sources(mixer: nn.Module, x: Tensor, grid: tuple[int, int], query: int) -> l
         mixer(x)
     if isinstance(mixer, SS2D) and mixer.scans == "cascade2d":
         return _cascade(calls, grid, query)
+    if isinstance(mixer, LinearNCSSD):
+        return _linear_nc_ssd(mixer, calls, query)
     ((name, call),) = calls
     return _READERS[name](mixer, call, grid, query)
 
@@ -275,8 +280,21 @@ def _ssd_chunk_scan(mixer: nn.Module, call: dict, grid: tuple[int, int], query: 
 
 def _nc_ssd(mixer: nn.Module, call: dict, grid: tuple[int, int], query: int) -> list[NonCausal]:
     dt, A, B, C = _per_head(call)
-    group = torch.arange(len(A), device=A.device) % len(B)  # they take turns, see `ssm_ops.nc_ssd`
-    return [NonCausal(dt, dt * (-A if call["positive"] else A), B[group], C[group], query)]
+    return [NonCausal(dt, dt * (-A if call["positive"] else A), *_in_turns(len(A), B, C), query)]
+
+
+def _linear_nc_ssd(mixer: LinearNCSSD, calls: list[tuple[str, dict]], query: int) -> list[NonCausal]:
+    """Of two calls: that of the rotated keys and queries, and that of the plain ones, which gives what to divide by."""
+    (B, C), (k, q) = ([call[name][0].permute(1, 2, 0) for name in "BC"] for _, call in calls)
+    w = calls[0][1]["dt"][0].mT
+    B, C, k, q = _in_turns(len(w), *(t.to(w.dtype) for t in (B, C, k, q)))
+    norm = (q * (k @ w[:, :, None])).sum(1, keepdim=True) + mixer.eps
+    return [NonCausal(w, w, B, C / norm, query)]
+
+
+def _in_turns(heads: int, *of_groups: Tensor) -> list[Tensor]:
+    """(G, ...) -> (heads, ...): groups take turns over the heads, see `ssm_ops.nc_ssd`."""
+    return [x[torch.arange(heads, device=x.device) % len(x)] for x in of_groups]
 
 
 _READERS: dict[str, Callable[..., list]] = {

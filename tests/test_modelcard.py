@@ -48,8 +48,9 @@ def test_every_published_row_is_listed():
     rows = modelcard.rows()
     assert {row.entry.name for row in rows.values() if row.entry} == {e.name for e in entries().values() if e.model}
     counts = {task: sum(row.task == task for row in rows.values()) for task in ("classification", "detection")}
-    assert counts == {"classification": 23, "detection": 20} and len(rows) == 23 + 20 + 11
+    assert counts == {"classification": 25, "detection": 20} and len(rows) == 25 + 20 + 11
     assert listed()["vmamba_tiny_s1l8"] == "top-1 82.6"
+    assert listed()["vssd_tiny_iccv2025_mesa"] == "top-1 83.8"
     assert listed()["mask-rcnn_vssd-small_fpn_ms-crop-3x_coco"] == "box AP 50.0, mask AP 44.6"
     assert listed()["upernet_vmamba-base-s2l15_160k_ade20k-512x512"] == "mIoU 51.0, mIoU tta 51.6"
 

@@ -139,10 +139,13 @@ class LoadReport(NamedTuple):
     """Names of the model that stayed as they were."""
     left_out: tuple[str, ...]
     """Names of the file that the model has no use for."""
+    renamed: tuple[str, ...] = ()
+    """Names of the file that the model has under others."""
 
     def __str__(self) -> str:
         loaded = f"loaded {self.entry or 'the state dict'}"
-        return "; ".join([loaded, *_some("stayed as they were:", self.fresh), *_some("left out:", self.left_out)])
+        names = {"stayed as they were:": self.fresh, "left out:": self.left_out, "have other names here:": self.renamed}
+        return "; ".join([loaded, *(part for kind, some in names.items() for part in _some(kind, some))])
 
 
 def load_checkpoint(
@@ -170,11 +173,14 @@ def load_checkpoint(
         except (ValueError, RuntimeError, LookupError) as error:  # a position embedding that is none
             raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {error}") from error
     fresh, left_out = _parts_of_one_side(model, found, own)
-    if len(found) < len(weights.tensors):
+    computed = [n for n in weights.tensors if hasattr(model, "is_computed") and model.is_computed(n)]
+    left_out += computed
+    if len(found) < len(weights.tensors) - len(computed):
         if not _is_backbone(model):
             raise CheckpointError(f"{path} has weights twice, under old and present names")
         # Vim's drops class tokens while it converts, and renames nothing
         left_out += [name for name in weights.tensors if name not in found]
+    renamed = tuple(name for name in weights.tensors if name not in found and name not in left_out)
     head = _classifier_prefix(model)
     if new_head:
         if head is None:
@@ -192,7 +198,8 @@ def load_checkpoint(
         hint = "; allow_nonfinite=True takes them" if "not finite" in fault else ""
         raise CheckpointError(f"{path} does not fit this {type(model).__name__}: {fault}{hint}")
     model.load_state_dict({**own, **found}, strict=True)
-    report = LoadReport(weights.file, weights.entry, weights.entries, tuple(fresh), (*left_out, *weights.beside))
+    left_out += weights.beside
+    report = LoadReport(weights.file, weights.entry, weights.entries, tuple(fresh), tuple(left_out), renamed)
     _log.info("%s: %s", path, report)
     if which == "auto" and is_path(path) and "model_ema" in report.entries and len(report.entries) > 1:
         # which of them has the accuracy that was published, the file does not say

@@ -72,9 +72,12 @@ def attention_flops(q, k, v, *_, out_shape) -> int:
     return 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-def one_head_flops(x, dt, A, B, *_, out_shape) -> int:
-    """B and C are shared by all heads of a group, and fvcore counts a broadcast product by its smaller operand."""
-    return 2 * 2 * prod(B) * x[3]
+def one_head_flops(x, dt, A, B, C, D, dt_bias, dt_softplus, *_, out_shape) -> int:
+    """B and C are shared by all heads of a group, and fvcore counts a broadcast product by its smaller operand.
+
+    The second generation of VSSD, whose weights come ready, without a softplus, has keys of its own for every head.
+    """
+    return 2 * 2 * prod(B) * x[3] * (1 if dt_softplus else x[2] // B[2])
 
 
 _COMMON: Formulas = {
@@ -100,7 +103,8 @@ _FAMILIES = {
         also={aten.mean: _average_pool},
     ),
     "VSSD": _Family(
-        "fvcore; the official counter takes the two products of NC-SSD for one head per group instead of all",
+        "fvcore; the official counter takes the two products of NC-SSD for one head per group instead of all; "
+        "that of ICCV 2025 does not",
         instead={torch.ops.ssm_ops.nc_ssd_fwd: one_head_flops},
     ),
     "VisionMamba": _Family("that of VMamba, as Vim has no counter of its own; RMSNorm, unknown to fvcore, is free"),

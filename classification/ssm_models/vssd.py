@@ -1,6 +1,7 @@
 """VSSD: a hierarchical vision backbone of non-causal state space duality (NC-SSD) blocks, with attention in the end.
 
-Shi et al. 2024, "VSSD: Vision Mamba with Non-Causal State Space Duality" (https://arxiv.org/abs/2407.18559).
+Shi et al. 2024, "VSSD: Vision Mamba with Non-Causal State Space Duality" (https://arxiv.org/abs/2407.18559), and its
+second generation of ICCV 2025, whose blocks mix by `LinearNCSSD` (the base model is that of 2024 in both).
 State-dict keys are those of the published checkpoints, which load as they are.
 
 Shapes: B batch, C channels, H W map; inside, maps are (B, H, W, C).
@@ -20,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers.attention import Attention
 from .layers.conv import DepthwiseConv
-from .layers.conv_stem import ConvDownsample, ConvStem, SimpleDownsample, SimpleStem
+from .layers.conv_stem import get_downsample, get_stem
+from .layers.linear_nc_ssd import LinearNCSSD
 from .layers.mlp import Mlp
 from .layers.nc_ssd import NCSSD
-from .layers.timm_model import PyramidModel, Stage, classify, reset
+from .layers.timm_model import PyramidModel, Stage, classify, convert_incoming, reset
+from .layers.vssd_files import is_rotations, published_names
 from .pretrained import build_model, pretrained_cfgs
 
 __all__ = ["VSSD"]
@@ -84,8 +87,12 @@ class VSSD(PyramidModel):
         drop_path_rate: of the last block, growing linearly from 0 at the first.
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
         d_state, ssd_expansion, ssd_ngroups, ssd_chunk_size, ssd_positive_dA, linear_attn_duality, bidirection: of the
-            mixer: d_state, expand, ngroups, chunk_size, and the others by the same name, see `NCSSD`.
+            mixer: d_state, expand, ngroups, chunk_size, and the others by the same name, see `NCSSD`. d_state is one
+            for all stages, or a sequence of one per stage (stages of attention have no use for theirs).
         simple_patch_embed, simple_downsample: the plainer stem and downsampling of the ablation.
+        rmt_patch_embed, rmt_downsample: stem and downsampling of the second generation, see `RMTStem`.
+        ssd_linear_norm: the mixer of the second generation, `LinearNCSSD`, which is neither causal nor negative.
+        exp_da, rope: parts of that mixer, see there what is certain about them; not without `ssd_linear_norm`.
         global_pool: of the head, as in timm.
         scan_impl: implementation of the operators, see `ssm_ops`.
         device, dtype: of parameters and buffers, as in PyTorch's layers.
@@ -105,7 +112,7 @@ class VSSD(PyramidModel):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.2,
         use_checkpoint: bool = False,
-        d_state: int = 64,
+        d_state: int | Sequence[int] = 64,
         ssd_expansion: int = 2,
         ssd_ngroups: int = 1,
         ssd_chunk_size: int = 256,
@@ -114,6 +121,11 @@ class VSSD(PyramidModel):
         bidirection: bool = False,
         simple_patch_embed: bool = False,
         simple_downsample: bool = False,
+        rmt_patch_embed: bool = False,
+        rmt_downsample: bool = False,
+        ssd_linear_norm: bool = False,
+        exp_da: bool = False,
+        rope: bool = False,
         global_pool: str = "avg",
         scan_impl: str = "auto",
         device: torch.device | None = None,
@@ -126,40 +138,59 @@ class VSSD(PyramidModel):
                 f"depths {list(depths)}, num_heads {list(num_heads)} and attn_types {list(attn_types)} must have one "
                 "entry per stage"
             )
+        d_states = [d_state] * len(depths) if isinstance(d_state, int) else list(d_state)
+        if len(d_states) != len(depths):
+            raise ValueError(f"d_state={d_state} must be one number, or one per stage of depths {list(depths)}")
+        if ssd_linear_norm and (bidirection or not (linear_attn_duality and ssd_positive_dA)):
+            raise ValueError(
+                "ssd_linear_norm=True is not for causal, bidirectional or negative (ssd_positive_dA) forms"
+            )
+        if (exp_da or rope) and not ssd_linear_norm:
+            raise ValueError(f"exp_da={exp_da} and rope={rope} are parts of ssd_linear_norm=True, which is off")
         self.in_chans = in_chans
         self.num_layers = len(depths)
+        self.rmt_downsample = rmt_downsample
+        self.rotated = {
+            i: n for i, (n, kind) in enumerate(zip(d_states, attn_types, strict=True)) if rope and kind == "mamba2"
+        }
         self.dims = [embed_dim * 2**i for i in range(len(depths))]
         self.num_features = self.dims[-1]
-        self.patch_embed = (SimpleStem if simple_patch_embed else ConvStem)(in_chans, self.dims[0], **dd)
+        downsample = get_downsample(simple_downsample, rmt_downsample)
+        self.patch_embed = get_stem(simple_patch_embed, rmt_patch_embed)(in_chans, self.dims[0], **dd)
 
-        def make_attn(kind: str, dim: int, heads: int) -> nn.Module:
+        def make_attn(kind: str, dim: int, heads: int, state: int) -> nn.Module:
             if kind not in ATTN_TYPES:
                 raise ValueError(f"attn_types: {kind!r} is not one of {', '.join(ATTN_TYPES)}")
             if dim % heads:
                 raise ValueError(f"num_heads: {heads} does not divide the {dim} channels of its stage")
             if kind == "standard":
                 return Attention(dim, heads, **dd)
+            shared = {
+                "d_model": dim,
+                "d_state": state,
+                "headdim": ssd_expansion * dim // heads,
+                "expand": ssd_expansion,
+                "ngroups": ssd_ngroups,
+                "impl": scan_impl,
+                **dd,
+            }
+            if ssd_linear_norm:
+                return LinearNCSSD(**shared, exp_da=exp_da, rope=rope)
             return NCSSD(
-                d_model=dim,
-                d_state=d_state,
-                headdim=ssd_expansion * dim // heads,
-                expand=ssd_expansion,
-                ngroups=ssd_ngroups,
+                **shared,
                 linear_attn_duality=linear_attn_duality,
                 ssd_positive_dA=ssd_positive_dA,
                 bidirection=bidirection,
                 chunk_size=ssd_chunk_size,
-                impl=scan_impl,
-                **dd,
             )
 
-        rates = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
-        downsample = SimpleDownsample if simple_downsample else ConvDownsample
+        rates = iter(drop_path_rate * (i / max(sum(depths) - 1, 1)) for i in range(sum(depths)))
         self.feature_info = []
         self.layers = nn.ModuleList()
-        for i, (depth, dim, heads, kind) in enumerate(zip(depths, self.dims, num_heads, attn_types, strict=True)):
+        stages = zip(depths, self.dims, num_heads, attn_types, d_states, strict=True)
+        for i, (depth, dim, heads, kind, state) in enumerate(stages):
             blocks = [
-                VSSDBlock(dim, make_attn(kind, dim, heads), mlp_ratio, drop_rate, next(rates), **dd)
+                VSSDBlock(dim, make_attn(kind, dim, heads, state), mlp_ratio, drop_rate, next(rates), **dd)
                 for _ in range(depth)
             ]
             last = i + 1 == len(depths)
@@ -170,6 +201,7 @@ class VSSD(PyramidModel):
         self._set_classifier(num_classes, global_pool, **dd)
         self.init_weights(needs_reset=False)
         self.set_grad_checkpointing(use_checkpoint)
+        self.register_load_state_dict_pre_hook(convert_incoming)
 
     def _init_layers(self) -> None:
         # A mixer is made before the block around it. Drawn again, all values come in the order of `init_weights`, so
@@ -205,13 +237,31 @@ class VSSD(PyramidModel):
         leaves = ("A_log", "D", "dt_bias")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
 
+    # ---- checkpoints ----
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a published file, whose names and shapes are this model's."""
-    return dict(state_dict.get("model", state_dict))
+    def is_computed(self, name: str) -> bool:
+        """Whether a file's entry is no weight of this model, but a table that the model computes."""
+        return is_rotations(name, self.rotated)
+
+    def convert_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Published entries, in any of their spellings, brought to this model's. Raises ValueError for tables of
+        rotations other than those that the model computes."""
+        return published_names(state_dict, self.rotated, self.rmt_downsample)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: VSSD) -> dict[str, Tensor]:
+    """The weights of a published file, by the names of this model."""
+    return model.convert_state_dict(state_dict.get("model", state_dict))
 
 
 # ---- variants ----
+
+_ICCV2025 = {
+    "attn_types": ("mamba2", "mamba2", "mamba2", "standard"),
+    "mlp_ratio": 3.0,
+    "ssd_expansion": 1,
+    **dict.fromkeys(("rmt_patch_embed", "rmt_downsample", "ssd_linear_norm", "exp_da", "rope"), True),
+}
 
 VARIANTS = {
     "vssd_micro": {
@@ -251,8 +301,36 @@ VARIANTS = {
         "d_state": 16,
         "drop_path_rate": 0.05,
     },
+    "vssd_tiny_iccv2025": {
+        **_ICCV2025,
+        "embed_dim": 96,
+        "depths": (2, 2, 8, 2),
+        "num_heads": (4, 4, 8, 16),
+        "d_state": (12, 24, 48, 64),
+        "drop_path_rate": 0.2,
+    },
+    "vssd_small_iccv2025": {
+        **_ICCV2025,
+        "embed_dim": 96,
+        "depths": (2, 4, 15, 4),
+        "num_heads": (4, 4, 8, 16),
+        "d_state": (12, 24, 48, 64),
+        "drop_path_rate": 0.4,
+    },
+    "vssd_nano_iccv2025": {
+        **_ICCV2025,
+        "embed_dim": 32,
+        "depths": (1, 2, 1),
+        "num_heads": (2, 4, 8),
+        "attn_types": ("mamba2", "mamba2", "standard"),
+        "d_state": (8, 16, 16),
+        "drop_path_rate": 0.05,
+    },
 }
-"""Arguments of the published models and of one for small images, by registry name."""
+"""Arguments of the published models and of two for small images, by registry name."""
+
+_OF_2024 = [name for name in VARIANTS if not name.endswith("_iccv2025")]
+_OF_2025 = [name for name in VARIANTS if name.endswith("_iccv2025")]
 
 
 def _cfg(**kwargs) -> dict:
@@ -271,8 +349,13 @@ def _cfg(**kwargs) -> dict:
     }
 
 
+_RMT_STEM = {"first_conv": "patch_embed.proj.0"}
+_NANO = {"input_size": (3, 32, 32), "pool_size": (2, 2), "num_classes": 10}
+
 default_cfgs = generate_default_cfgs(
-    pretrained_cfgs(VARIANTS, _cfg()) | {"vssd_nano": _cfg(input_size=(3, 32, 32), pool_size=(2, 2), num_classes=10)}
+    pretrained_cfgs(_OF_2024, _cfg())
+    | pretrained_cfgs(_OF_2025, _cfg(**_RMT_STEM))
+    | {"vssd_nano": _cfg(**_NANO), "vssd_nano_iccv2025": _cfg(**_RMT_STEM, **_NANO)}
 )
 
 
@@ -312,3 +395,19 @@ def vssd_base(pretrained: bool = False, **kwargs) -> VSSD:
 def vssd_nano(pretrained: bool = False, **kwargs) -> VSSD:
     """For images of 32 to 64 pixels: three stages, 8x8 tokens at 32 pixels."""
     return _create_vssd("vssd_nano", pretrained, **kwargs)
+
+
+@register_model
+def vssd_tiny_iccv2025(pretrained: bool = False, **kwargs) -> VSSD:
+    return _create_vssd("vssd_tiny_iccv2025", pretrained, **kwargs)
+
+
+@register_model
+def vssd_small_iccv2025(pretrained: bool = False, **kwargs) -> VSSD:
+    return _create_vssd("vssd_small_iccv2025", pretrained, **kwargs)
+
+
+@register_model
+def vssd_nano_iccv2025(pretrained: bool = False, **kwargs) -> VSSD:
+    """As `vssd_nano`, with the parts of the second generation."""
+    return _create_vssd("vssd_nano_iccv2025", pretrained, **kwargs)

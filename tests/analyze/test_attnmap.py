@@ -15,6 +15,7 @@ from analyze import attnmap, image_files
 from analyze.attention import MODES, Scan, recorded, sources
 from ssm_models.layers.attention import Attention
 from ssm_models.layers.bimamba import BiMamba
+from ssm_models.layers.linear_nc_ssd import LinearNCSSD
 from ssm_models.layers.nc_ssd import NCSSD
 from ssm_models.layers.ss2d import SS2D
 from ssm_models.layers.ss2d_m0 import SS2DM0
@@ -182,6 +183,28 @@ def test_a_row_is_the_derivative_of_the_scan(name):
     for source, row in zip(found, rows, strict=True):
         assert row.abs().max() > 1e-9
         torch.testing.assert_close(source.row("CwBdtw", LENGTH), row, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": False}, {"exp_da": False, "ngroups": 2}], ids=str)
+def test_a_row_of_the_normalised_form_is_the_derivative_of_the_mixing(options, monkeypatch):
+    """Of all that comes after the projections: sum, normaliser, rotations; without the skip connection."""
+    mixer, x, seen = LinearNCSSD(8, d_state=4, headdim=4, **options).double(), torch.randn(1, 3, 5, 8).double(), []
+    torch.nn.init.zeros_(mixer.D)
+    mix = mixer._mix
+    monkeypatch.setattr(mixer, "_mix", lambda *args: seen.append(args) or mix(*args))
+    with torch.no_grad():
+        (source,) = sources(mixer, x, (HEIGHT, WIDTH), QUERY)
+    values, *others = seen[0]
+    values = values.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mix(values, *others)[0, QUERY].sum(), values)
+    row = gradient[0].flatten(1).mean(1)
+    assert row.abs().min() > 1e-9
+    torch.testing.assert_close(source.row("CwBdtw", LENGTH), row, rtol=1e-9, atol=1e-14)
+    assert source.row("ww", LENGTH).min() > 0
+    if options.get("exp_da", True):
+        assert source.row("ww", LENGTH).sum().item() == pytest.approx(1)
+    if not options.get("rope", True):  # positive weights of the sum 1, but for the small constant
+        assert 0.99 < row.sum() < 1
 
 
 def test_cascade_reads_a_row_and_a_column():

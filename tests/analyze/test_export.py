@@ -19,6 +19,7 @@ SMALL = {
     "vim_nano": {"depth": 1, "embed_dim": 16, "patch_size": 8, "stride": 8},
     "vssd_nano": {"depths": (1, 1), "num_heads": (1, 2), "attn_types": ("mamba2", "standard"), "embed_dim": 8},
 }
+SMALL["vssd_nano_iccv2025"] = SMALL["vssd_nano"] | {"d_state": (4, 8)}
 
 
 def make(name: str) -> tuple[nn.Module, nn.Module]:

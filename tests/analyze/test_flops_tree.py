@@ -41,7 +41,13 @@ def test_official_count_of_nc_ssd_differs_in_its_module_alone():
 
 @pytest.mark.parametrize(
     "name, size, depth",
-    [("vmamba_nano", 40, 9), ("vim_nano", 32, 9), ("vssd_nano", 48, 9), ("vssd_micro", 224, 3)]
+    [
+        ("vmamba_nano", 40, 9),
+        ("vim_nano", 32, 9),
+        ("vssd_nano", 48, 9),
+        ("vssd_nano_iccv2025", 48, 9),
+        ("vssd_micro", 224, 3),
+    ]
     + [("vmamba_tiny_s1l8", 224, 4)],
 )
 def test_sums(name, size, depth):

@@ -67,6 +67,10 @@ PUBLISHED = {
     "vssd/vssd_tiny_mesa": (VMAMBA | {"mesa": 1.0}, "vssd_tiny", 24_270_724, 0.2),
     "vssd/vssd_small_mesa": (VSSD_LARGE | {"mesa": 1.5}, "vssd_small", 40_075_650, 0.4),
     "vssd/vssd_base_mesa": (VSSD_LARGE | {"mesa": 2.0}, "vssd_base", 88_823_151, 0.6),
+    "vssd/vssd_tiny_iccv2025": (VMAMBA, "vssd_tiny_iccv2025", 28_192_936, 0.2),
+    "vssd/vssd_small_iccv2025": (VSSD_LARGE, "vssd_small_iccv2025", 50_417_512, 0.4),
+    "vssd/vssd_tiny_iccv2025_mesa": (VMAMBA | {"mesa": 1.0}, "vssd_tiny_iccv2025", 28_192_936, 0.2),
+    "vssd/vssd_small_iccv2025_mesa": (VSSD_LARGE | {"mesa": 1.5}, "vssd_small_iccv2025", 50_417_512, 0.4),
     "vim/vim_tiny_patch16_224": (VIM, "vim_tiny_patch16_224", 7_148_008, 0.0),
     "vim/vim_small_patch16_224": (VIM_SMALL, "vim_small_patch16_224", 25_796_584, 0.05),
     "vim/vim_base_patch16_224": (VIM_SMALL, "vim_base_patch16_224", 97_598_440, 0.05),
@@ -79,6 +83,7 @@ DIGITS = {
     "vim/vim_nano_digits": ("vim_nano", 0.0),
     "vssd/vssd_nano_digits": ("vssd_nano", 0.0),
     "vssd/vssd_nano_digits_mesa": ("vssd_nano", 1.0),
+    "vssd/vssd_nano_iccv2025_digits": ("vssd_nano_iccv2025", 0.0),
 }
 ABLATIONS = [name for name in FURTHER_VARIANTS if name.startswith("vmambav")]
 

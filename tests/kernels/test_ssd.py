@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_ops import nc_ssd, ssd_chunk_scan
+from ssm_ops.nc_ssd.impl import reference as nc_ssd_reference
 from tests.kernels.common import implementations, rms_error
 from tests.kernels.ssd_common import BOTH, TENSORS_OF_X, leaves, loop_nc_ssd, loop_ssd, run, ssd_inputs
 
@@ -56,6 +57,53 @@ def test_nc_ssd_float32_against_the_loop(case, positive, impl):
         for key, value in got.items():
             assert value.shape == want[key].shape and value.is_contiguous(), key
             assert rms_error(value, want[key]) < 2e-6, key
+
+
+class Products(TorchDispatchMode):
+    """Records the dtypes of what is multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            self.dtypes.append({t.dtype for t in args})
+        return func(*args, **(kwargs or {}))
+
+
+@NC
+def test_bfloat16_products(impl):
+    """The error is that of rounded factors and does not grow with the length, as it would if sums were rounded, too:
+    the sum of 4096 ones is 256 in bfloat16."""
+    errors = []
+    for length in (64, 4096):
+        made = ssd_inputs(1, length, 4, 8, 16, bias=False)
+        made |= {"x": made["x"] + 1, "B": made["B"] + 1, "dt": torch.rand(1, length, 4).double() / length}
+        rounded = {n: None if t is None else t.bfloat16().double() for n, t in made.items()}
+        want = run(nc_ssd, leaves(rounded, torch.float64))
+        got = run(nc_ssd, leaves(rounded, torch.bfloat16, ("x", "B", "C")), bfloat16_products=True, impl=impl)
+        errors.append({key: rms_error(value, want[key]) for key, value in got.items()})
+    assert max(e for found in errors for e in found.values()) < 2 * torch.finfo(torch.bfloat16).eps, errors
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_is_multiplied_is_bfloat16_if_that_is_asked_for(asked):
+    tensors = leaves(ssd_inputs(1, 20, 4, 8, 16), torch.bfloat16, ("x", "B", "C")).values()
+    with torch.no_grad(), Products() as products:
+        out, state = nc_ssd_reference.forward(*tensors, True, True, asked, torch.float32)
+        nc_ssd_reference.backward(torch.ones_like(out), *tensors, state, True, True, asked)
+    assert products.dtypes == [{torch.bfloat16 if asked else torch.float32}] * 6
+
+
+@NC
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_bfloat16_products_are_of_bfloat16_inputs_alone(dtype, impl):
+    if dtype == torch.float64 and impl not in FLOAT64:
+        pytest.skip(f"{impl} has no float64")
+    inputs = ssd_inputs(2, 9, 4, 3, 5)
+    got, same = (run(nc_ssd, leaves(inputs, dtype), bfloat16_products=flag, impl=impl) for flag in (True, False))
+    assert all(torch.equal(value, same[key]) for key, value in got.items())
 
 
 @BOTH

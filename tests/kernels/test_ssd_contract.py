@@ -28,10 +28,10 @@ def test_opcheck(full, dtype):
     torch.library.opcheck(ssd_api.ssd_chunk_scan_bwd, backward)
 
     impl = resolve(nc_api.NC_SSD, "auto", device, dtype)
-    forward = (*args, True, True, torch.float32, impl)
+    forward = (*args, True, True, True, torch.float32, impl)
     torch.library.opcheck(nc_api.nc_ssd_fwd, forward)
     out, state = nc_api.nc_ssd_fwd(*forward)
-    torch.library.opcheck(nc_api.nc_ssd_bwd, (torch.randn_like(out), *args, state, True, True, impl))
+    torch.library.opcheck(nc_api.nc_ssd_bwd, (torch.randn_like(out), *args, state, True, True, True, impl))
 
 
 def both(x, dt, A, B, C, D, bias, impl="auto"):

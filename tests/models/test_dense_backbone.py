@@ -9,7 +9,12 @@ import ssm_models
 from ssm_models import CheckpointError, DenseBackbone
 from ssm_models.layers.simple_fpn import SimpleFeaturePyramid
 
-NANOS = {"vmamba_nano": [32, 64, 128], "vssd_nano": [32, 64, 128], "vim_nano": [64, 64, 64, 64]}
+NANOS = {
+    "vmamba_nano": [32, 64, 128],
+    "vssd_nano": [32, 64, 128],
+    "vssd_nano_iccv2025": [32, 64, 128],
+    "vim_nano": [64, 64, 64, 64],
+}
 
 
 @pytest.fixture(params=NANOS)

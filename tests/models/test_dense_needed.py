@@ -20,7 +20,7 @@ VIM = [
         for process in ("none", "add", "add & norm")
     ),
 ]
-CASES = [(name, {"out_indices": i}) for name in ("vmamba_nano", "vssd_nano") for i in STAGES]
+CASES = [(name, {"out_indices": i}) for name in ("vmamba_nano", "vssd_nano", "vssd_nano_iccv2025") for i in STAGES]
 CASES += [("vim_nano", {"model_args": {}} | options) for options in VIM]
 
 

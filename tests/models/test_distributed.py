@@ -20,7 +20,8 @@ from ssm_models.layers.simple_fpn import SimpleFeaturePyramid
 
 MIXERS = ["v0", "v05_oncnorm", "v05_ondwconv3", "m0", "xv1a_ocov_ocov2", "xv2a_cpos"]
 MODELS = {
-    name: lambda name=name, **more: timm.create_model(name, **more) for name in ("vmamba_nano", "vssd_nano", "vim_nano")
+    name: lambda name=name, **more: timm.create_model(name, **more)
+    for name in ("vmamba_nano", "vssd_nano", "vssd_nano_iccv2025", "vim_nano")
 } | {
     f"{norm} {mixer}": lambda norm=norm, mixer=mixer, **more: VSSM(
         depths=(1, 1), dims=16, num_classes=3, norm_layer=norm, forward_type=mixer, **more

@@ -106,7 +106,7 @@ def test_the_format_of_the_hub(name, source, folder, x):
     assert config["pretrained_cfg"]["classifier"] == source.default_cfg["classifier"]
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     model = timm.create_model(config["architecture"], num_classes=config["num_classes"]).eval()
-    assert load_checkpoint(model, folder / "model.safetensors")[1:] == ("", (), (), ())
+    assert load_checkpoint(model, folder / "model.safetensors")[1:] == ("", (), (), (), ())
     assert torch.equal(model(x), source(x))
 
 

@@ -29,6 +29,8 @@ PARAMETERS = {
     "vssd_tiny": 24_270_724,
     "vssd_small": 40_075_650,
     "vssd_base": 88_823_151,
+    "vssd_tiny_iccv2025": 28_192_936,
+    "vssd_small_iccv2025": 50_417_512,
     "vmamba_tiny_0220": 32_484_904,
     "vmamba_tiny_m2": 25_340_296,
     "vmamba_small_m2": 39_079_816,
@@ -36,6 +38,7 @@ PARAMETERS = {
     "vmamba_nano": 379_786,
     "vim_nano": 252_682,
     "vssd_nano": 506_072,
+    "vssd_nano_iccv2025": 374_040,
 }
 
 card = functools.lru_cache(model_card)
@@ -57,7 +60,7 @@ def test_parameters(name):
 
 def test_every_registered_model_has_its_numbers():
     assert set(registered_models()) == set(PARAMETERS)
-    ours = {name for name in PARAMETERS if name.endswith(("_0220", "_m2", "_nano"))}
+    ours = {name for name in PARAMETERS if name.endswith(("_0220", "_m2", "_nano", "_iccv2025"))}
     assert set(PARAMETERS) - set(PUBLISHED_MACS) == set(named("vim")) | ours
 
 
@@ -118,6 +121,17 @@ def test_vssd(name, published, rounded, true, width, depth):
     assert found.macs_official + error == found.macs_published == published
     assert round(found.macs_official / 1e9, 3) == rounded and round(found.macs / 1e9, 3) == true
     assert found.macs_recurrence == found.macs and part(found, "attention") == 2 * depth * 49 * 49 * width
+
+
+@pytest.mark.parametrize("name, rounded, depths", [("tiny", 5.02, (2, 2, 8)), ("small", 8.12, (2, 4, 15))])
+def test_vssd_of_iccv_2025(name, rounded, depths):
+    """Its counter makes no mistake: every head has keys of its own. The normaliser is a head of one channel more."""
+    found = card(f"vssd_{name}_iccv2025")
+    assert round(found.macs / 1e9, 2) == rounded
+    assert found.macs_official == found.macs == found.macs_recurrence and found.macs_published is None
+    stages = zip(depths, (56, 28, 14), (96, 192, 384), (12, 24, 48), (4, 4, 8), strict=True)
+    scans = sum(depth * 2 * side**2 * n_state * (dim + heads) for depth, side, dim, n_state, heads in stages)
+    assert part(found, "nc_ssd") == scans
 
 
 @pytest.mark.parametrize(

@@ -27,16 +27,20 @@ NAMES = {
         *("vmamba_small_m2", "vmamba_small_s1l20", "vmamba_small_s2l15"),
         *("vmamba_tiny_0220", "vmamba_tiny_m2", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"),
     ],
-    "vssd": ["vssd_base", "vssd_micro", "vssd_nano", "vssd_small", "vssd_tiny"],
+    "vssd": [
+        *("vssd_base", "vssd_micro", "vssd_nano", "vssd_nano_iccv2025"),
+        *("vssd_small", "vssd_small_iccv2025", "vssd_tiny", "vssd_tiny_iccv2025"),
+    ],
     "vim": [
         *("vim_base_patch16_224", "vim_nano", "vim_small_patch16_224", "vim_small_patch16_stride8_224"),
         *("vim_tiny_patch16_224", "vim_tiny_patch16_stride8_224"),
     ],
 }
 MODELS = [name for names in NAMES.values() for name in names]
-NANOS = ["vmamba_nano", "vssd_nano", "vim_nano"]
+NANOS = ["vmamba_nano", "vssd_nano", "vssd_nano_iccv2025", "vim_nano"]
 # Of every kind one; the others differ by widths and depths, which `small` replaces.
-KINDS = [*NANOS, "vanilla_vmamba_tiny", "vmamba_tiny_m2", "vssd_tiny", "vim_tiny_patch16_stride8_224"]
+KINDS = [*NANOS, "vanilla_vmamba_tiny", "vmamba_tiny_m2", "vssd_tiny", "vssd_tiny_iccv2025"]
+KINDS += ["vim_tiny_patch16_stride8_224"]
 SMALL = {
     "vssm": {"depths": (1, 2), "dims": (16, 24)},
     "vssd": {

@@ -30,6 +30,8 @@ PUBLISHED = {
     "vssd-tiny": ("53", "941", 0.2),
     "vssd-small": (None, None, 0.4),
     "vssd-base": (None, None, 0.6),
+    "vssd-tiny-iccv2025": (None, None, 0.2),
+    "vssd-small-iccv2025": ("81.147", "1021", 0.4),
     "vim-tiny": (None, None, 0.1),
     "vim-small": (None, None, 0.1),
     "vim-base": (None, None, 0.1),

@@ -97,23 +97,25 @@ class NCSSD(nn.Module):
             dt.flatten(1, 2),
             B.unflatten(2, (self.groups, -1)),
             C.unflatten(2, (self.groups, -1)),
+            (height, width),
         )
         y = self.norm(y.flatten(2)).unflatten(1, (height, width))
         return self.out_proj(y.to(gate.dtype) * gate)  # the gate has no activation, unlike Mamba-2's
 
-    def _mix(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """x (B, L, h, P), dt (B, L, h), B, C (B, L, G, N) -> (B, L, h, P)"""
+    def _mix(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x (B, L, h, P), dt (B, L, h), B, C (B, L, G, N) -> (B, L, h, P); the shape of the map does not matter."""
         shared = {
-            "D": _at_least_float32(self.D),
-            "dt_bias": _at_least_float32(self.dt_bias),
+            "D": at_least_float32(self.D),
+            "dt_bias": at_least_float32(self.dt_bias),
             "dt_softplus": True,
             # float32 for the norm, as the state grows with the image; in a model of half-precision weights theirs
             "out_dtype": self.D.dtype,
             "impl": self.impl,
         }
-        A = -_at_least_float32(self.A_log).exp()
+        A = -at_least_float32(self.A_log).exp()
         if not self.causal:
-            return nc_ssd(x, dt, A, B, C, positive=self.positive, **shared)
+            # GPUs have units for bfloat16, and under autocast the official products are in it, too
+            return nc_ssd(x, dt, A, B, C, positive=self.positive, bfloat16_products=x.is_cuda, **shared)
         if self.backwards:
             x, dt, B, C = (_flip_second_half(t) for t in (x, dt, B, C))
         y = ssd_chunk_scan(x, dt, A, B, C, self.chunk_size, **shared)
@@ -126,5 +128,5 @@ def _flip_second_half(x: Tensor) -> Tensor:
     return torch.cat([forwards, backwards.flip(1)], dim=2)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,12 +19,16 @@ _NAMES = {
     "vssd_micro_best": "vssd_micro",
     **{f"{variant}_best_ema": variant for variant in ("vssd_tiny", "vssd_small", "vssd_base")},
     **{f"{variant}_e300_with_mesa": variant for variant in ("vssd_tiny", "vssd_small", "vssd_base")},
+    # the second generation, whose base model is that of the first
+    **{f"vssd_{size}_mesa": f"vssd_{size}_iccv2025" for size in ("tiny", "small")},
+    "vssd_base_iccv2025": "vssd_base",
 }
 
 _ARGUMENTS = (
     *("in_chans", "num_classes", "embed_dim", "depths", "num_heads", "attn_types", "mlp_ratio", "drop_rate"),
     *("drop_path_rate", "use_checkpoint", "d_state", "ssd_expansion", "ssd_ngroups", "ssd_chunk_size"),
     *("ssd_positive_dA", "linear_attn_duality", "bidirection", "simple_patch_embed", "simple_downsample"),
+    *("rmt_patch_embed", "rmt_downsample", "ssd_linear_norm", "exp_da", "rope"),
 )
 # Upstream spells an argument in several ways: in capitals in yamls, with and without "ssd_", and these:
 _SPELLINGS = {
@@ -33,7 +37,8 @@ _SPELLINGS = {
     "expand": "ssd_expansion",
 }
 # Arguments whose only value is built in.
-_FIXED = {"patch_size": (4,), "norm_layer": ("ln", "LN", nn.LayerNorm)}
+_FIXED = {"patch_size": (4,), "norm_layer": ("ln", "LN", nn.LayerNorm), "use_cpe": (True,), "multi_branch": (True,)}
+_FIXED |= dict.fromkeys(("zact", "aexp", "norm_da", "ab_bias", "dscale", "res_scale"), (False, None))
 # Arguments that do nothing upstream, or say how large images are: here they have any size.
 _DEAD = ("cls", "type", "pretrained", "img_size", "image_size", "qkv_bias", "lepe")
 
@@ -70,6 +75,7 @@ def _published(description: str) -> dict[str, Any]:
     """Arguments of a published name; also of a file's path, and of "Backbone_VMAMBA2 of <name>, ..."."""
     name = re.match(r"(?:\w+ of )?([^,]*)", description).group(1).strip()
     name = PurePosixPath(name).name.removesuffix(".yaml").removesuffix(".pth")
+    name = re.sub(r"(?<=_iccv2025)\w+", "", name)  # how these yamls' names go on is not known
     variant = _NAMES.get(name, name)
     if variant not in VARIANTS:
         legal = ", ".join([*VARIANTS, *_NAMES])
@@ -89,17 +95,29 @@ def _from_yaml(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def _translate(config: Mapping[str, Any]) -> dict[str, Any]:
     """Upstream's arguments, in any of their spellings, as ours."""
-    arguments = {}
+    arguments, of_stages = {}, None
     for name, value in config.items():
         lower = name.lower()
-        if lower.removeprefix("ssd_") in _SPELLINGS:
-            arguments[_SPELLINGS[lower.removeprefix("ssd_")]] = value
+        bare = lower.removeprefix("ssd_")
+        if bare in _SPELLINGS:
+            arguments[_SPELLINGS[bare]] = value
         elif lower == "out_indices":
             arguments[lower] = value
-        elif lower in _FIXED:
-            if value not in _FIXED[lower]:
-                raise ValueError(f"{name}={value!r}: VSSD has {_FIXED[lower][0]!r} there and nothing else")
+        elif lower == "async_state":
+            of_stages = _states_of_stages(name, value)
+        elif bare in _FIXED:
+            if value not in _FIXED[bare]:
+                raise ValueError(f"{name}={value!r}: VSSD has {_FIXED[bare][0]!r} there and nothing else")
         elif lower not in _DEAD:
             legal = ", ".join(_ARGUMENTS)
             raise ValueError(f"{name}: {value!r} is not an argument of upstream's VMAMBA2; known: {legal}")
-    return arguments
+    return arguments if of_stages is None else arguments | {"d_state": of_stages}
+
+
+def _states_of_stages(name: str, value: Any) -> tuple[int, ...] | None:
+    """`async_state`: a d_state per stage, in the place of the one for all; None where it is off."""
+    if value is None or value is False:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{name}={value!r} is not a list of one d_state per stage")
+    return tuple(value)

@@ -26,6 +26,7 @@ def nc_ssd(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     positive: bool = True,
+    bfloat16_products: bool = False,
     out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -47,6 +48,9 @@ def nc_ssd(
         D: (H,) or (H, P), the skip connection.
         dt_bias: (H,).
         positive: the sign of the weights; True is that of all published VSSD models.
+        bfloat16_products: multiply bfloat16 inputs as they are, for processors that have units for it. All that is
+            multiplied is rounded to bfloat16, w x and the state too, and so is, once, what comes out; the sums of a
+            product are float32. Inputs of other dtypes: no effect.
         out_dtype: of the result; None is that of x.
         impl: "auto" or "reference", which is plain PyTorch without a custom operator, also under ``torch.export``.
 
@@ -54,8 +58,8 @@ def nc_ssd(
         (B, L, H, P), contiguous.
 
     The order of the tokens does not matter. The state is a sum over all tokens, not a mean: it grows with the image.
-    It and all sums are kept in float32 (float64 for float64 inputs), whatever autocast says. Gradients come in the
-    dtype of their input. The same call gives the same bits.
+    It and all sums are kept in float32 (float64 for float64 inputs), whatever autocast says; but see
+    `bfloat16_products`. Gradients come in the dtype of their input. The same call gives the same bits.
 
     Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
     is the reference's work, see `_autograd.py`.
@@ -65,7 +69,7 @@ def nc_ssd(
         RuntimeError: `impl` cannot run on this device.
     """
     check_ssd("nc_ssd", x, dt, A, B, C, D, dt_bias)
-    args = (x, dt, A, B, C, D, dt_bias, dt_softplus, positive, out_dtype or x.dtype)
+    args = (x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products, out_dtype or x.dtype)
     if impl == "reference":
         return _NC_SSD.meaning(*args, impl)[0]
     return _NC_SSD.forward(*args, resolve(NC_SSD, impl, x.device, x.dtype))[0]
@@ -78,20 +82,20 @@ def nc_ssd(
 NC_SSD = declare("nc_ssd", __package__, SINGLE_AND_HALF, reference=None)
 
 
-def _fake_fwd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, out_dtype, impl):
+def _fake_fwd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products, out_dtype, impl):
     batch, _, heads, head_dim = x.shape
     state = x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=state_dtype(x.dtype))
     return x.new_empty(x.shape, dtype=out_dtype), state
 
 
-def _fake_bwd(dout, x, dt, A, B, C, D, dt_bias, state, dt_softplus, positive, impl):
+def _fake_bwd(dout, x, dt, A, B, C, D, dt_bias, state, dt_softplus, positive, bfloat16_products, impl):
     return tuple(empty_gradient(t, x) for t in (x, dt, A, B, C, D, dt_bias))
 
 
 nc_ssd_fwd = register(
     NC_SSD,
     "nc_ssd_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus, "
-    "bool positive, ScalarType out_dtype, str impl) -> (Tensor out, Tensor state)",
+    "bool positive, bool bfloat16_products, ScalarType out_dtype, str impl) -> (Tensor out, Tensor state)",
     _fake_fwd,
     "forward",
 )
@@ -99,7 +103,7 @@ nc_ssd_fwd = register(
 nc_ssd_bwd = register(
     NC_SSD,
     "nc_ssd_bwd(Tensor dout, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, "
-    "Tensor state, bool dt_softplus, bool positive, str impl) "
+    "Tensor state, bool dt_softplus, bool positive, bool bfloat16_products, str impl) "
     "-> (Tensor dx, Tensor ddt, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor ddt_bias)",
     _fake_bwd,
     "backward",

@@ -22,7 +22,7 @@ def test_costs_of_the_zoo():
         assert COSTS[name]["parameters"] == sum(parameter.numel() for parameter in model.parameters()), name
 
 
-@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano", "vmamba_tiny_s1l8"])
+@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano", "vssd_tiny_iccv2025", "vmamba_tiny_s1l8"])
 def test_costs_are_those_of_the_model_card(name):
     card = model_card(name)
     assert COSTS[name] == {"parameters": card.parameters, "macs": card.macs}

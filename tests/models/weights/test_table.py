@@ -57,12 +57,14 @@ def test_addresses_are_unique():
 
 def test_published_numbers():
     """A few rows, written down again from the authors' tables."""
-    assert len(ROWS) == 53
+    assert len(ROWS) == 55
     expected = {
         "vanilla_vmamba_base.dp05_in1k": ({"top1": 83.2}, "vssmbase_dp05_ckpt_epoch_260.pth"),
         "vmamba_tiny_s1l8.in1k": ({"top1": 82.6}, "vssm1_tiny_0230s_ckpt_epoch_264.pth"),
         "vim_small_patch16_stride8_224.ft_in1k": ({"top1": 81.6, "top5": 95.4}, "vim_s_midclstok_ft_81p6acc.pth"),
         "vssd_base.mesa_in1k": ({"top1": 85.4}, "vssd_base_e300_with_mesa.pth"),
+        "vssd_tiny_iccv2025.mesa_in1k": ({"top1": 83.8}, "vssd_tiny_mesa.pth"),
+        "vssd_small_iccv2025.mesa_in1k": ({"top1": 84.6}, "vssd_small_mesa.pth"),
         "mask-rcnn_vmamba-base-s2l15_fpn_1x_coco.bs8": (
             {"box_ap": 49.2, "mask_ap": 43.9},
             "mask_rcnn_vssm_fpn_coco_base_epoch_12_bs8.pth",
@@ -83,7 +85,9 @@ def test_tags_of_a_model():
     assert list(of_model("vssd_tiny")) == ["in1k", "mesa_in1k"]
     assert find("vssd_tiny").name == "vssd_tiny.in1k"
     assert of_model("vmamba_tiny_m2") == {}
-    assert timm.list_pretrained("vssd_tiny*") == ["vssd_tiny.in1k", "vssd_tiny.mesa_in1k"]
+    assert timm.list_pretrained("vssd_tiny*") == [
+        *("vssd_tiny.in1k", "vssd_tiny.mesa_in1k", "vssd_tiny_iccv2025.mesa_in1k")
+    ]
     assert [row.name for row in ROWS if not row.model] == ["vim_tiny_73p1.in1k"]
     classifiers = {row.name for row in ROWS if row.task == "classification" and row.model}
     listed = {name for family in ("vssm", "vim", "vssd") for name in timm.list_models(module=family, pretrained=True)}

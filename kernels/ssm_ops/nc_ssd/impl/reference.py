@@ -2,7 +2,8 @@
 
 Shapes: B batch, L tokens, G groups, E = H / G heads of a group (head j = e * G + g), P channels of a head, N state.
 x and y are (B, G, L, E, P), weights and steps (B, G, L, E), B and C (B, G, L, N), the state (B, G, N, E * P): all heads
-of a group are one product.
+of a group are one product. `bfloat16_products` is a flag of the operator: bfloat16 inputs are multiplied as they are,
+and the intermediate factors are rounded to them; everything else, sums of products included, is float32 as ever.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ def _from_groups(x: Tensor) -> Tensor:
 
 
 class _Inputs:
-    """The inputs in the layout and dtype of the products, and the weights of the tokens."""
+    """The inputs in the layout of the products, and the weights of the tokens."""
 
-    def __init__(self, x, dt, A, B, C, D, dt_bias, dt_softplus, positive):
+    def __init__(self, x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products):
         self.groups, self.dtype = B.shape[2], state_dtype(x.dtype)
+        self.factor = x.dtype if bfloat16_products and x.dtype == torch.bfloat16 else self.dtype
         self.x = self.to_groups(x)
         self.B, self.C = (t.to(self.dtype).transpose(1, 2) for t in (B, C))  # (B, G, L, N)
         raw = dt.to(self.dtype)
@@ -39,33 +41,38 @@ class _Inputs:
         """(B, L, H, *) -> (B, G, L, E, *)"""
         return x.to(self.dtype).unflatten(2, (-1, self.groups)).movedim(3, 1).contiguous()
 
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left.to(self.factor) @ right.to(self.factor)).to(self.dtype)
+
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, G, L, E * P) -> (B, G, L, E, P)"""
         return x.unflatten(3, self.x.shape[3:])
 
 
 def forward(
-    x, dt, A, B, C, D, dt_bias, dt_softplus: bool, positive: bool, out_dtype: torch.dtype
+    x, dt, A, B, C, D, dt_bias, dt_softplus: bool, positive: bool, bfloat16_products: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(out (B, L, H, P), state (B, H, P, N))"""
-    i = _Inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
-    state = i.B.mT @ (i.weight.unsqueeze(-1) * i.x).flatten(3)
-    y = i.split_heads(i.C @ state)
+    i = _Inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products)
+    state = i.product(i.B.mT, (i.weight.unsqueeze(-1) * i.x).flatten(3))
+    y = i.split_heads(i.product(i.C, state))
     y = y if D is None else torch.addcmul(y, i.D, i.x)
     per_head = state.unflatten(3, i.x.shape[3:]).permute(0, 3, 1, 4, 2).flatten(1, 2)
     return _from_groups(y).to(out_dtype).contiguous(), per_head.contiguous()
 
 
-def backward(dout, x, dt, A, B, C, D, dt_bias, state, dt_softplus: bool, positive: bool) -> tuple[Tensor, ...]:
+def backward(
+    dout, x, dt, A, B, C, D, dt_bias, state, dt_softplus: bool, positive: bool, bfloat16_products: bool
+) -> tuple[Tensor, ...]:
     """Gradients of (x, dt, A, B, C, D, dt_bias); absent ones as tensors without elements."""
-    i = _Inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, positive)
+    i = _Inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products)
     dy = i.to_groups(dout)
     state = state.unflatten(1, (-1, i.groups)).permute(0, 2, 4, 1, 3).flatten(3)  # (B, G, N, E * P)
 
-    d_state = i.C.mT @ dy.flatten(3)
-    dC = dy.flatten(3) @ state.mT
-    dB = (i.weight.unsqueeze(-1) * i.x).flatten(3) @ d_state.mT
-    d_weighted = i.split_heads(i.B @ d_state)
+    d_state = i.product(i.C.mT, dy.flatten(3))
+    dC = i.product(dy.flatten(3), state.mT)
+    dB = i.product((i.weight.unsqueeze(-1) * i.x).flatten(3), d_state.mT)
+    d_weighted = i.split_heads(i.product(i.B, d_state))
     dx = i.weight.unsqueeze(-1) * d_weighted
     dx = dx if D is None else torch.addcmul(dx, i.D, dy)
 

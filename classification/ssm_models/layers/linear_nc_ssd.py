@@ -1,0 +1,87 @@
+"""The mixer of VSSD's second generation: NC-SSD as normalised linear attention, with rotated keys and queries.
+
+Shi et al. 2025, "VSSD: Vision Mamba with Non-Causal State Space Duality", ICCV; the same title as that of 2024
+(https://arxiv.org/abs/2407.18559).
+
+Shapes as in `nc_ssd`: B batch, H W map, L = H*W tokens, E inner channels, h heads, P = E / h, N state, G groups of keys
+(B) and queries (C).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_ops import nc_ssd
+
+from .map_rope import rotate, rotations
+from .nc_ssd import NCSSD, at_least_float32
+
+EPS = 1e-6
+
+
+class LinearNCSSD(NCSSD):
+    """`NCSSD` with a mixing of its own. For every head, over the tokens t and s of a map,
+
+        k, q = elu(B) + 1, elu(C) + 1
+        d    = softplus(dt + dt_bias) exp(A_log)
+        w    = softmax over the tokens of d
+        k', q' = k, q rotated by row and column, see `map_rope`
+        y_t  = sum_s w_s (q'_t . k'_s) x_s / (sum_s w_s (q_t . k_s) + 1e-6 E) + D x_t
+
+    Both sums are `ssm_ops.nc_ssd`, that below of ones in the place of x. The denominator knows no rotation, so that it
+    is a sum of positive numbers.
+
+    Published is this form alone, and in code that carries no licence: it is written here from formulas. Some of them
+    are certain, and some are a reading that nobody has checked on the published weights. Those are
+
+    * that the weights were trained with `exp_da` and `rope` on; each can be switched off,
+    * the constant of the denominator. There it is 1e-6 beside keys and queries of which the latter are divided by E,
+      which is the same as 1e-6 E beside undivided ones (attribute `eps`),
+    * the eps of the norms, here and in the whole model: PyTorch's 1e-5, as in 2024 (their attribute `eps`).
+
+    Args:
+        d_model, d_state, headdim, expand, ngroups, impl, device, dtype: as of `NCSSD`.
+        exp_da: the weights as above. False: w = d / (L max over the tokens of d).
+        rope: rotate keys and queries, which needs a d_state that 4 divides. False: k', q' = k, q.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        headdim: int = 64,
+        expand: int = 2,
+        ngroups: int = 1,
+        exp_da: bool = True,
+        rope: bool = True,
+        impl: str = "auto",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if rope and d_state % 4:
+            raise ValueError(f"d_state={d_state} must be a multiple of 4 for rotary position embeddings")
+        super().__init__(d_model, d_state, headdim, expand, ngroups, impl=impl, device=device, dtype=dtype)
+        self.exp_da, self.rope = exp_da, rope
+        self.eps = EPS * expand * d_model
+
+    def _mix(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, grid: tuple[int, int]) -> Tensor:
+        """x (B, L, h, P), dt (B, L, h), B, C (B, L, G, N), grid (H, W) -> (B, L, h, P)"""
+        k, q = F.elu(B) + 1, F.elu(C) + 1
+        w, D = self._token_weights(dt), at_least_float32(self.D)
+        A = -torch.ones_like(D)
+        y = nc_ssd(x, w, A, *self._rotated(k, q, grid), bfloat16_products=True, out_dtype=D.dtype, impl=self.impl)
+        norm = nc_ssd(torch.ones_like(x[..., :1]), w, A, k, q, out_dtype=D.dtype, impl=self.impl)
+        return (y / (norm + self.eps) + D[:, None] * x).to(self.D.dtype)
+
+    def _token_weights(self, dt: Tensor) -> Tensor:
+        """(B, L, h) -> weights, in float32 at least."""
+        d = F.softplus(at_least_float32(dt) + self.dt_bias) * at_least_float32(self.A_log).exp()
+        return d.softmax(1) if self.exp_da else d / (d.amax(1, keepdim=True) * d.shape[1])
+
+    def _rotated(self, k: Tensor, q: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        if not self.rope:
+            return k, q
+        tables = rotations(*grid, k.shape[3], like=k)
+        return tuple(rotate(t.unflatten(1, grid), *tables).flatten(1, 2) for t in (k, q))
