@@ -213,8 +213,8 @@ def _strides(x: Tensor, last: bool) -> tuple[int, int]:
 def _plan(x: Tensor, last: bool) -> tuple[int, int, dict[str, int]]:
     """Programs, tiles of a sample, and block sizes. They know the length only as one of a few powers of 2."""
     batch, dim, length = x.shape
-    # channels that lie side by side fill sectors of 32 bytes
-    tokens = min(64 if last else 256, max(32, triton.next_power_of_2(length)))
+    # the longer side of a tile is the one whose numbers lie side by side
+    tokens = 32 if last else min(256, max(32, triton.next_power_of_2(length)))
     n_tiles = triton.cdiv(length, tokens)
-    blocks = {"BD": TILE // tokens, "BT": tokens, "num_warps": 4}
+    blocks = {"BD": TILE // tokens, "BT": tokens, "num_warps": 8 if last else 4}
     return batch * triton.cdiv(dim, blocks["BD"]) * n_tiles, n_tiles, blocks
