@@ -33,6 +33,8 @@ def standing(operator: Operator, impl: str, device: torch.device) -> tuple[bool,
         return False, f"no: {reason}"
     if device.type == "cpu" or impl not in _trust.CHECKED_IMPLS:
         return True, "available"
+    if impl == "cuda" and (missing := _trust.probe(device.index)) is not None:
+        return False, f"no: {missing}"
     if _trust.policy() == "0":
         return True, f"available, not checked ({_trust.VARIABLE}=0)"
     known, fault = _trust.remembered(operator.name, impl, device.index)

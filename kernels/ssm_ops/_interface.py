@@ -134,7 +134,7 @@ class Ss2dArguments(ctypes.Structure):
 
 # ---- csrc/cuda ------------------------------------------------------------------------------------------------------
 
-CUDA_VERSION = 1
+CUDA_VERSION = 2
 RUN = 8
 """Tokens of a lane."""
 CUDA_CHUNK = 64

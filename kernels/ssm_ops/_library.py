@@ -37,6 +37,7 @@ DEFAULT_IMPL = _default_impl()
 
 
 TRITON_NEEDED = (3, 3)  # has tl.gather
+TRITON_MAJOR = 3  # of 3.6 and 3.9 it is known that they compile the kernels; a next one may be another language
 
 
 def _triton_problem() -> str | None:
@@ -50,6 +51,8 @@ def _triton_problem() -> str | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # a build of another name (pytorch-triton), made for its torch
         return None
+    if int(version.split(".")[0]) > TRITON_MAJOR:
+        return f"triton {version} is newer than the kernels, which are for {TRITON_MAJOR}: pip install 'triton<4'"
     if tuple(map(int, version.split(".")[:2])) < TRITON_NEEDED:
         return f"triton {version} is too old: the kernels need {'.'.join(map(str, TRITON_NEEDED))}, with torch 2.7"
     return None

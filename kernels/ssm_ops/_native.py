@@ -66,7 +66,7 @@ PROBLEMS = {name: None if problem is None else _say(name, problem) for name, (_,
 """Why a library cannot be used, with the command that mends it; None for those that can."""
 
 
-def call(library: str, function: str, arguments: ctypes.Structure) -> None:
+def call(library: str, function: str, arguments: ctypes.Structure | ctypes.c_int64) -> None:
     """Run a function of a library.
 
     Raises:

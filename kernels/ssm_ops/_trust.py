@@ -11,6 +11,7 @@ every process.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -165,6 +166,16 @@ def check(operator: str, impl: str, device: torch.device, seconds: float = SECON
     return fault
 
 
+def probe(index: int) -> str | None:
+    """None if the compiled library has code for CUDA device `index` and its driver, else what the driver says."""
+    try:
+        _native.call("cuda", "ssm_ops_probe", ctypes.c_int64(index))
+    except RuntimeError as error:
+        rebuild = f"SSM_OPS_BUILD=cuda {_native.BUILD_COMMAND}"
+        return f"the cuda library has nothing to run on this {_device_name(index)} ({error}); build it here: {rebuild}"
+    return None
+
+
 def problem(operator: str, impl: str, index: int) -> str | None:
     """None if `impl` may compute `operator` on CUDA device `index`, else why not."""
     return _problem(operator, impl, index)
@@ -177,7 +188,11 @@ problem._dynamo_marked_constant = True
 
 @functools.cache  # a process asks once, too
 def _problem(operator: str, impl: str, index: int) -> str | None:
-    if impl not in CHECKED_IMPLS or policy() == "0" or torch.cuda.device_count() == 0:
+    if impl not in CHECKED_IMPLS or torch.cuda.device_count() == 0:
+        return None
+    if impl == "cuda" and (missing := probe(index)) is not None:
+        return missing
+    if policy() == "0":
         return None
     if policy() == "1":
         known, fault = remembered(operator, impl, index)

@@ -125,8 +125,17 @@ def test_operators_give_shapes_on_meta_tensors():
     assert cross_scan(torch.empty(2, 3, 4, 5, device="meta")).shape == (2, 4, 3, 20)
 
 
-@pytest.mark.parametrize(("version", "problem"), [("3.2.0", "triton 3.2.0 is too old"), ("3.3.1", None), (None, None)])
-def test_triton_that_is_too_old_is_not_taken(monkeypatch, version, problem):
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("3.2.0", "triton 3.2.0 is too old"),
+        ("3.3.1", None),
+        ("3.10.0", None),
+        ("4.0.0", "triton 4.0.0 is newer than the kernels, which are for 3: pip install 'triton<4'"),
+        (None, None),
+    ],
+)
+def test_triton_of_another_generation_is_not_taken(monkeypatch, version, problem):
     def installed(name):
         if version is None:
             raise importlib.metadata.PackageNotFoundError(name)

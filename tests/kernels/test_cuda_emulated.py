@@ -5,6 +5,7 @@ written is NaN.
 """
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import os
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssm_ops import _native, selective_scan
+from ssm_ops import _native, _trust, selective_scan
 from ssm_ops._interface import AGREED
 from ssm_ops.selective_scan import api
 from ssm_ops.selective_scan.impl import cuda
@@ -382,3 +383,11 @@ def test_sanitizers_find_a_fault(tmp_path):
     done = under_sanitizers(library, "loop and L2049")
     said = "AddressSanitizer: heap-buffer-overflow"
     assert done.returncode != 0 and said in done.stdout + done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_probe(library):
+    """On a device that is there, and on one that is not."""
+    with emulated_gpu(library):
+        assert _trust.probe(0) is None
+        with pytest.raises(RuntimeError, match="ssm_ops_probe: invalid device ordinal"):
+            _native.call("cuda", "ssm_ops_probe", ctypes.c_int64(7))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssm_ops import __main__ as doctor
-from ssm_ops import _library, _self_check, _trust
+from ssm_ops import _library, _native, _self_check, _trust
 from ssm_ops._library import OPERATORS, why_unavailable
 from tests.kernels.common import passed_under_the_interpreter
 
@@ -76,6 +76,7 @@ def machine(monkeypatch, tmp_path):
         return VERDICTS[made.faults[pair.split(":")[1]]]
 
     monkeypatch.setattr(_trust, "ask", ask)
+    monkeypatch.setattr(_trust, "probe", lambda index: None)
     monkeypatch.setattr(_trust, "_driver", lambda: "driver 550.54")
     monkeypatch.setattr(_trust, "_device_name", lambda index: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -186,6 +187,31 @@ def test_policies(machine, monkeypatch):
         taken()
 
 
+def test_a_library_without_code_for_the_device_is_not_asked(machine, monkeypatch):
+    """Whatever the policy, and before any check."""
+    reason = "the cuda library has nothing to run on this NVIDIA H100 (no kernel image); build it here: ..."
+    monkeypatch.setattr(_trust, "probe", lambda index: reason)
+    assert taken() == ("triton", [f"ssm_ops: selective_scan does not use cuda on cuda:0: {reason}"])
+    assert machine.asked == ["selective_scan:triton"]
+    monkeypatch.setenv(_trust.VARIABLE, "0")
+    _trust._problem.cache_clear()
+    assert taken()[0] == "triton"
+    with pytest.raises(RuntimeError, match="impl='cuda' is not available on cuda:0: the cuda library has nothing to"):
+        taken("cuda")
+
+
+CUDA_BUILT = pytest.mark.skipif(_native.PROBLEMS["cuda"] is not None, reason=str(_native.PROBLEMS["cuda"]))
+
+
+@CUDA_BUILT
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_the_library_says_what_the_driver_says(monkeypatch):
+    monkeypatch.setattr(_trust, "_device_name", lambda index: "NVIDIA H100")
+    found = _trust.probe(0)
+    assert found.startswith("the cuda library has nothing to run on this NVIDIA H100 (ssm_ops_probe: ")
+    assert re.search("driver|no CUDA-capable device", found) and "SSM_OPS_BUILD=cuda pip install" in found
+
+
 def test_a_preference_is_checked_too(machine, monkeypatch):
     monkeypatch.setattr(_library, "DEFAULT_IMPL", "triton")
     assert taken() == ("triton", []) and machine.asked == ["selective_scan:triton"]
@@ -265,7 +291,7 @@ def test_every_operator_has_problems_of_all_that_its_kernels_compute():
 @pytest.mark.full
 def test_triton_kernels_pass_under_the_interpreter():
     """The same problems, forward and backward, in every dtype: `triton_self_check_cases.py`."""
-    assert passed_under_the_interpreter(["triton_self_check_cases.py"], "self_check") == 5
+    assert passed_under_the_interpreter(["triton_self_check_cases.py"], "self_check") == 6
 
 
 # ---- the doctor -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Tells what this library was compiled from.
+// Tells what this library was compiled from, and whether it has code for a device.
 
 #include "interface.cuh"
 
@@ -27,4 +27,20 @@ SSM_EXPORT const Agreement* ssm_ops_abi() {
         {nullptr, 0},
     };
     return all;
+}
+
+namespace {
+
+__global__ void nothing() {}
+
+}  // namespace
+
+// Null, or why the kernels of this library, which are compiled for the same devices as this one, cannot run there: no
+// such device, a driver that is too old, no code for its architecture. Launches nothing, so that it may be asked while a
+// graph is captured.
+SSM_EXPORT const char* ssm_ops_probe(const int64_t* device) {
+    cudaError_t status = cudaSetDevice(int(*device));
+    // sets it to what it is; on the way the runtime looks for the code
+    if (status == cudaSuccess) status = cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 0);
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }

@@ -26,4 +26,14 @@ __device__ __forceinline__ void prefetch(const void* address) {
 #endif
 }
 
+// The same address, of which the compiler knows nothing else. It would otherwise keep address + 1, address + 2, ... in
+// registers through a whole loop, or move them to memory, instead of adding the constants where they are used.
+template <typename T>
+__device__ __forceinline__ T* here(T* address) {
+#ifdef __CUDACC__
+    asm("" : "+l"(address));
+#endif
+    return address;
+}
+
 }  // namespace

@@ -11,7 +11,7 @@
 
 #include "../buffers.h"
 
-constexpr int VERSION = 1;
+constexpr int VERSION = 2;
 constexpr int MAX_STATE = 256;  // N
 constexpr int K = 8;            // tokens of a run
 constexpr int CHUNK = 64;       // tokens between saved states

@@ -33,6 +33,8 @@ Check check_inputs(const ScanArguments& a, int most_threads, int64_t floats_of_w
            (long long)a.dim);
     c.that(a.state >= 1 && a.state <= MAX_STATE, "the state size is %lld, not 1 to %d", (long long)a.state, MAX_STATE);
     c.that(a.repeat >= 1 && a.dim % a.repeat == 0, "%lld channels do not share a step size evenly", (long long)a.repeat);
+    c.that(a.dim <= INT32_MAX / 2 && a.length <= INT32_MAX / 2, "%lld channels or %lld tokens are too many",
+           (long long)a.dim, (long long)a.length);
     c.that(a.lanes == 8 || a.lanes == 32, "a channel has %d lanes, not 8 or 32", a.lanes);
     c.that(a.vector >= 1 && K % a.vector == 0, "rows are aligned to %d elements", a.vector);
     c.that(a.warps >= 1 && 32 * a.warps <= most_threads, "a block has %d warps", a.warps);

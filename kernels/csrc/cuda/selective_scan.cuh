@@ -99,6 +99,7 @@ __device__ __forceinline__ void load_run(const T* from, int tokens, int vector, 
     } else if (tokens == K && bytes == 8) {
         load_vectors<uint2>(from, x);
     } else {
+        from = here(from);
 #pragma unroll
         for (int j = 0; j < K; j++) x[j] = j < tokens ? to_float(__ldg(from + j)) : 0.0f;
     }
@@ -112,6 +113,7 @@ __device__ __forceinline__ void store_run(const Run& x, int tokens, int vector, 
     } else if (tokens == K && bytes == 8) {
         store_vectors<uint2>(x, to);
     } else {
+        to = here(to);
 #pragma unroll
         for (int j = 0; j < K; j++)
             if (j < tokens) from_float(x[j], to[j]);
@@ -193,48 +195,65 @@ __device__ __forceinline__ int first_summed(int lane) {
 
 // ---- places ---------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ int per_group(const Args& a) { return int(unsigned(a.dim) / unsigned(a.groups)); }
+
+// The channel of delta that belongs to a channel of u.
+__device__ __forceinline__ int delta_channel(const Args& a, int channel) { return int(unsigned(channel) / unsigned(a.repeat)); }
+
 // Where this lane is.
 template <int R>
 struct Place {
     int lane, warp, run;    // run: index among the R lanes of the channel
     int slot;               // channel within the warp
     bool exists;            // the channel does; lanes of others compute zeros and store nothing
-    int64_t sample, group, block;
-    int64_t e, channel;     // within the group, of all
+    int sample, group, block;
+    int e, channel;         // within the group, of all
 
     __device__ __forceinline__ explicit Place(const Args& a) {
         lane = threadIdx.x % 32, warp = threadIdx.x / 32, run = lane % R, slot = lane / R;
-        const int64_t per_group = a.dim / a.groups, per_block = a.warps * (32 / R);
-        const int64_t blocks = (per_group + per_block - 1) / per_block, i = blockIdx.x;
-        sample = i / blocks / a.groups, group = i / blocks % a.groups, block = i % blocks;
-        e = block * per_block + warp * (32 / R) + slot;
-        exists = e < per_group;
-        if (!exists) e = per_group - 1;
-        channel = group * per_group + e;
+        // in 32 bits, which check_inputs has made sure of: a division of 64 bits takes a hundred instructions
+        const unsigned groups = unsigned(a.groups), per_block = a.warps * (32 / R);
+        const unsigned blocks = (unsigned(per_group(a)) + per_block - 1) / per_block, i = blockIdx.x;
+        sample = int(i / blocks / groups), group = int(i / blocks % groups), block = int(i % blocks);
+        e = block * int(per_block) + warp * (32 / R) + slot;
+        exists = e < per_group(a);
+        if (!exists) e = per_group(a) - 1;
+        channel = group * per_group(a) + e;
     }
 };
 
 template <typename T>
-__device__ __forceinline__ const T* row(const Map& m, int64_t sample, int64_t channel) {
+__device__ __forceinline__ const T* row(const Map& m, int sample, int channel) {
     return static_cast<const T*>(m.data) + sample * m.batch + channel * m.channel;
 }
 
 template <typename T>
-__device__ __forceinline__ const T* row(const StateMap& m, int64_t sample, int64_t group) {
+__device__ __forceinline__ const T* row(const StateMap& m, int sample, int group) {
     return static_cast<const T*>(m.data) + sample * m.batch + group * m.group;
 }
 
 // This channel's element of state 0 in `states`, chunk 0; states are E elements apart, chunks B D N.
 template <int R>
 __device__ __forceinline__ float* saved(const Args& a, const Place<R>& k) {
-    const int64_t per_group = a.dim / a.groups;
-    return a.states + (k.sample * a.groups + k.group) * a.state * per_group + k.e;
+    return a.states + (int64_t(k.sample) * a.groups + k.group) * a.state * per_group(a) + k.e;
 }
 
 // How many of K tokens from `t` on exist.
-__device__ __forceinline__ int count_tokens(int64_t t, int64_t length) {
-    const int64_t left = length - t;
-    return left >= K ? K : left > 0 ? int(left) : 0;
+__device__ __forceinline__ int count_tokens(int t, int length) { return max(min(length - t, K), 0); }
+
+// Raw step sizes become step sizes. Behind the last token they are 0, which leaves the state, and its gradient, as it is.
+__device__ __forceinline__ void step_sizes(Run& dt, float bias, bool with_softplus, int tokens) {
+#pragma unroll
+    for (int j = 0; j < K; j++) dt[j] += bias;
+    if (with_softplus) {  // the same for all tokens: one branch
+#pragma unroll
+        for (int j = 0; j < K; j++) dt[j] = softplus(dt[j]);
+    }
+    if (tokens < K) {
+#pragma unroll
+        for (int j = 0; j < K; j++)
+            if (j >= tokens) dt[j] = 0.0f;
+    }
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ __host__ __device__ constexpr int64_t backward_floats(int64_t state, int channel
 
 // dout is of either type.
 template <typename T, int R>
-__device__ __forceinline__ void load_dout(const Args& a, const Place<R>& k, int64_t t, int tokens, Run& x) {
+__device__ __forceinline__ void load_dout(const Args& a, const Place<R>& k, int t, int tokens, Run& x) {
     if (a.wide)
         load_run(row<float>(a.dout, k.sample, k.channel) + t, tokens, a.vector, x);
     else
@@ -21,7 +21,7 @@ __device__ __forceinline__ void load_dout(const Args& a, const Place<R>& k, int6
 }
 
 template <typename T, int R>
-__device__ __forceinline__ void prefetch_dout(const Args& a, const Place<R>& k, int64_t t) {
+__device__ __forceinline__ void prefetch_dout(const Args& a, const Place<R>& k, int t) {
     if (a.wide)
         prefetch(row<float>(a.dout, k.sample, k.channel) + t);
     else
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
     extern __shared__ float shared[];
     const Place<R> k(a);
     const int N = int(a.state);
-    const int64_t per_group = a.dim / a.groups, chunk_stride = a.batch * a.dim * a.state;
+    const int length = int(a.length), group_dim = per_group(a);
+    const int64_t chunk_stride = a.batch * a.dim * a.state;
 
     // [warp][two slots][BATCH][dB, dC][TILE]; the two slots take turns, so that one barrier per batch is enough
     float* const sums = shared;
@@ -46,30 +47,30 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
     float* const before = dA + N * CHANNELS;    // the state before the tile
     const float* const states = saved(a, k);
     for (int n = k.run; n < N; n += R) {
-        A2[n * CHANNELS] = k.exists ? a.A[k.channel * N + n] * LOG2E : 0.0f;
+        A2[n * CHANNELS] = k.exists ? a.A[int64_t(k.channel) * N + n] * LOG2E : 0.0f;
         carry[n * CHANNELS] = dA[n * CHANNELS] = 0.0f;
     }
 
     const T* const u_row = row<T>(a.u, k.sample, k.channel);
-    const T* const delta_row = row<T>(a.delta, k.sample, k.channel / a.repeat);
+    const T* const delta_row = row<T>(a.delta, k.sample, delta_channel(a, k.channel));
     const T* const B_rows = row<T>(a.B, k.sample, k.group);
     const T* const C_rows = row<T>(a.C, k.sample, k.group);
-    const int64_t own_row = (k.sample * a.dim + k.channel) * a.length;
-    const int64_t sum_rows = ((k.block * a.batch + k.sample) * a.groups + k.group) * a.state * a.length;
-    const float skip = a.D ? a.D[k.channel] : 0.0f, bias = a.bias ? a.bias[k.channel / a.repeat] : 0.0f;
+    const int64_t own_row = (int64_t(k.sample) * a.dim + k.channel) * a.length;
+    const int64_t sum_rows = ((int64_t(k.block) * a.batch + k.sample) * a.groups + k.group) * a.state * a.length;
+    const float skip = a.D ? a.D[k.channel] : 0.0f, bias = a.bias ? a.bias[delta_channel(a, k.channel)] : 0.0f;
     float dD = 0.0f, dbias = 0.0f;
     int slot = 0;
 
-    for (int64_t start = (a.length - 1) / TILE * TILE; start >= 0; start -= TILE) {
-        const int64_t t = start + k.run * K;
-        const int tokens = count_tokens(t, a.length), own = k.exists ? tokens : 0;
+    for (int start = (length - 1) / TILE * TILE; start >= 0; start -= TILE) {
+        const int t = start + k.run * K;
+        const int tokens = count_tokens(t, length), own = k.exists ? tokens : 0;
         if (k.exists && start > 0) {
             prefetch(u_row + t - TILE);
             prefetch(delta_row + t - TILE);
             prefetch_dout<T>(a, k, t - TILE);
         }
         for (int n = k.run; n < N; n += R)
-            before[n * CHANNELS] = k.exists ? states[start / CHUNK * chunk_stride + n * per_group] : 0.0f;
+            before[n * CHANNELS] = k.exists ? states[start / CHUNK * chunk_stride + int64_t(n) * group_dim] : 0.0f;
         __syncwarp();
 
         Run dtu, dt, dy, y = {};
@@ -82,13 +83,9 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
 #pragma unroll
             for (int j = 0; j < K; j++) dy[j] *= z[j] * sigmoid(z[j]);
         }
+        step_sizes(dt, bias, a.softplus, own);
 #pragma unroll
-        for (int j = 0; j < K; j++) {
-            dt[j] += bias;
-            if (a.softplus) dt[j] = softplus(dt[j]);
-            if (j >= own) dt[j] = 0.0f;  // leaves the state, and its gradient, as it is
-            dtu[j] *= dt[j];
-        }
+        for (int j = 0; j < K; j++) dtu[j] *= dt[j];
 
         Run lambda_B = {}, dexponent = {};  // sums over n: of lambda B, and the gradient of dt through exp(dt A)
         const T *B_row = B_rows + t, *C_row = C_rows + t;
@@ -153,9 +150,9 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
             for (int i = threadIdx.x; i < count * 2 * TILE; i += blockDim.x) {
                 float sum = 0.0f;
                 for (int w = 0; w < a.warps; w++) sum += sums[(w * 2 + slot) * SUMS + i];
-                const int64_t at = start + i % TILE;
+                const int at = start + i % TILE;
                 float* to = i / TILE % 2 ? a.dC : a.dB;
-                if (at < a.length) to[sum_rows + (first_n + i / (2 * TILE)) * a.length + at] = sum;
+                if (at < length) to[sum_rows + int64_t(first_n + i / (2 * TILE)) * a.length + at] = sum;
             }
         }
 
@@ -191,7 +188,7 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
         }
     }
 
-    const int64_t channel = k.sample * a.dim + k.channel;
+    const int64_t channel = int64_t(k.sample) * a.dim + k.channel;
     for (int n = k.run; n < N; n += R)
         if (k.exists) a.dA[channel * N + n] = dA[n * CHANNELS];
     dD = sum_lanes<R>(dD), dbias = sum_lanes<R>(dbias);

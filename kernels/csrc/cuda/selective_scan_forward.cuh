@@ -15,47 +15,47 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 3) forward_kernel(const __gri
     extern __shared__ float shared[];
     const Place<R> k(a);
     const int N = int(a.state);
-    const int64_t per_group = a.dim / a.groups, chunk_stride = a.batch * a.dim * a.state;
+    const int length = int(a.length), group_dim = per_group(a);
+    const int64_t chunk_stride = a.batch * a.dim * a.state;
 
     float* const A2 = shared + k.warp * forward_floats(N, CHANNELS) + k.slot;  // A log2(e); [n * CHANNELS]
     float* const carry = A2 + N * CHANNELS;                                     // the state before the tile
     float* const states = saved(a, k);
+#pragma unroll 1
     for (int n = k.run; n < N; n += R) {
-        A2[n * CHANNELS] = k.exists ? a.A[k.channel * N + n] * LOG2E : 0.0f;
+        A2[n * CHANNELS] = k.exists ? a.A[int64_t(k.channel) * N + n] * LOG2E : 0.0f;
         carry[n * CHANNELS] = 0.0f;
-        if (k.exists) states[n * per_group] = 0.0f;
+        if (k.exists) states[int64_t(n) * group_dim] = 0.0f;
     }
     __syncwarp();
 
     const T* const u_row = row<T>(a.u, k.sample, k.channel);
-    const T* const delta_row = row<T>(a.delta, k.sample, k.channel / a.repeat);
+    const T* const delta_row = row<T>(a.delta, k.sample, delta_channel(a, k.channel));
     const T* const B_rows = row<T>(a.B, k.sample, k.group);
     const T* const C_rows = row<T>(a.C, k.sample, k.group);
-    const int64_t out_row = (k.sample * a.dim + k.channel) * a.length;
-    const float skip = a.D ? a.D[k.channel] : 0.0f, bias = a.bias ? a.bias[k.channel / a.repeat] : 0.0f;
+    const int64_t out_row = (int64_t(k.sample) * a.dim + k.channel) * a.length;
+    const float skip = a.D ? a.D[k.channel] : 0.0f, bias = a.bias ? a.bias[delta_channel(a, k.channel)] : 0.0f;
 
-    for (int64_t start = 0; start < a.length; start += TILE) {
-        const int64_t t = start + k.run * K;
-        const int tokens = count_tokens(t, a.length), own = k.exists ? tokens : 0;
-        if (k.exists && t + TILE < a.length) {
+    for (int start = 0; start < length; start += TILE) {
+        const int t = start + k.run * K;
+        const int tokens = count_tokens(t, length), own = k.exists ? tokens : 0;
+        if (k.exists && t + TILE < length) {
             prefetch(u_row + t + TILE);
             prefetch(delta_row + t + TILE);
         }
         Run dt, dtu, y;
         load_run(u_row + t, own, a.vector, y);
         load_run(delta_row + t, own, a.vector, dt);
+        step_sizes(dt, bias, a.softplus, own);
 #pragma unroll
         for (int j = 0; j < K; j++) {
-            dt[j] += bias;
-            if (a.softplus) dt[j] = softplus(dt[j]);
-            if (j >= own) dt[j] = 0.0f;  // leaves the state as it is
             dtu[j] = dt[j] * y[j];
             y[j] *= skip;
         }
 
         const T *B_row = B_rows + t, *C_row = C_rows + t;
-        const int64_t chunk = t / CHUNK;
-        const bool saves = k.exists && k.run % RUNS == RUNS - 1 && chunk * CHUNK < a.length;
+        const int chunk = t / CHUNK;
+        const bool saves = k.exists && k.run % RUNS == RUNS - 1 && chunk * CHUNK < length;
         float* save = states + (chunk + 1) * chunk_stride;
 #pragma unroll 1
         for (int n = 0; n < N; n++) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 3) forward_kernel(const __gri
             }
             if (k.run == R - 1) carry[n * CHANNELS] = h;
             if (saves) *save = h;
-            B_row += a.B.state, C_row += a.C.state, save += per_group;
+            B_row += a.B.state, C_row += a.C.state, save += group_dim;
         }
         __syncwarp();  // the next tile begins with what the last lane has written
 
@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 3) forward_kernel(const __gri
         else
             store_run(y, own, a.vector, static_cast<T*>(a.out.data) + out_row + t);
     }
+#pragma unroll 1
     for (int n = k.run; n < N; n += R)
-        if (k.exists) a.last[(k.sample * a.dim + k.channel) * N + n] = carry[n * CHANNELS];
+        if (k.exists) a.last[(int64_t(k.sample) * a.dim + k.channel) * N + n] = carry[n * CHANNELS];
 }
 
 template <typename T, int R>
