@@ -10,6 +10,7 @@ from ssm_train.common.errors import UserError
 from ssm_train.common.precision import resolve_amp
 from ssm_train.common.seeding import seed_init
 from ssm_train.config.defaults import replaced
+from ssm_train.data.on_device import OnDevice
 from ssm_train.data.transforms import build_mixup
 from ssm_train.record.checkpoint import Checkpoint, Position
 from ssm_train.step.ema import Average
@@ -117,6 +118,7 @@ def _build(
         criterion=build_criterion(cfg, world.device),
         amp=amp,
         clip_grad=cfg.TRAIN.CLIP_GRAD,
+        on_device=OnDevice(cfg, world.device),
         loaded=loaded,
     )
     if checkpoint is not None:

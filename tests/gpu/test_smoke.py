@@ -62,7 +62,7 @@ def torchrun() -> list[str]:
 
 # model, started by torchrun, options
 TRAININGS = {
-    "fp16-scaler": ("vmamba_nano", False, ("AMP", "fp16", "DATA.NUM_WORKERS", 2)),
+    "fp16-scaler": ("vmamba_nano", False, ("AMP", "fp16", "DATA.NUM_WORKERS", 2, "AUG.REPROB", 0.25)),
     "bf16": ("vim_nano", False, ("AMP", "bf16")),
     "compiled": ("vssd_nano", False, ("AMP", "bf16", "COMPILE", True)),
     "ddp-nccl": ("vmamba_nano", True, ("AMP", "off")),

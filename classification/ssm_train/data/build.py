@@ -68,7 +68,8 @@ def train_loader(cfg: CN, found: ImageSource, world: World) -> DataLoader:
         seed=cfg.SEED,
         repeats=cfg.DATA.REPEATS,
     )
-    transform = train_transform(cfg)
+    # a GPU has time to spare for the last steps, and a quarter of the bytes to wait for
+    transform = train_transform(cfg, raw=world.device.type == "cuda")
     source = cached(found, cfg.DATA.CACHE_MODE, world)
     dataset = TrainImages(source, transform, seed=cfg.SEED, max_bad_share=cfg.DATA.MAX_BAD_SHARE)
     return _loader(cfg, dataset, sampler, world)

@@ -29,8 +29,8 @@ class BadImage(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """`image` (C, S, S) fp32, None for an unreadable validation image; `bad` names what could not be read; `hopeless`
-    says that nothing was found in its place."""
+    """`image` (C, S, S) as its transform makes it, None for an unreadable validation image; `bad` names what could not
+    be read; `hopeless` says that nothing was found in its place."""
 
     image: torch.Tensor | None
     target: int
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    images: torch.Tensor  # (B, C, S, S) fp32
+    images: torch.Tensor  # (B, C, S, S) fp32, or uint8 as `OnDevice` takes them
     targets: torch.Tensor  # (B,) int64
     bad: list[BadImage]
     keys: list[Key]  # B, of what was asked for; a replaced training image keeps the key of the bad one

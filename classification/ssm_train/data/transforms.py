@@ -26,8 +26,9 @@ STATISTICS = {
 }
 
 
-def train_transform(cfg: CN) -> Transform:
-    """Image -> normalised fp32 tensor (C, S, S), augmented by the global python, numpy and torch generators.
+def train_transform(cfg: CN, raw: bool = False) -> Transform:
+    """Image -> normalised fp32 tensor (C, S, S), augmented by the global python, numpy and torch generators; with `raw`
+    a uint8 tensor, neither normalised nor erased: `OnDevice` does both.
 
     AUG.CROP simple and AUG.THREE_AUGMENT are those of DeiT III (Touvron et al. 2022, https://arxiv.org/abs/2204.07118,
     section 3): a random square of the shorter side, and greyscale, solarisation or blur (one of them, always) followed
@@ -45,9 +46,10 @@ def train_transform(cfg: CN) -> Transform:
             interpolation=cfg.DATA.INTERPOLATION,
             mean=mean,
             std=std,
-            re_prob=aug.REPROB,
+            re_prob=0.0 if raw else aug.REPROB,
             re_mode=aug.REMODE,
             re_count=aug.RECOUNT,
+            use_prefetcher=raw,  # ends in uint8
         )
     except (AssertionError, ValueError) as error:
         # timm asserts the grammar of the policy string

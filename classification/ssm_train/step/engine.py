@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ssm_train.common.distributed import World
 from ssm_train.common.precision import autocast
+from ssm_train.data.on_device import OnDevice
 from ssm_train.step.ema import Average
 from ssm_train.step.losses import Criterion
 from ssm_train.step.pretrained import Loaded
@@ -37,6 +38,7 @@ class Training:
     criterion: Criterion
     amp: str
     clip_grad: float
+    on_device: OnDevice  # what images in 8 bits go through
     loaded: Loaded | None = None  # what it started from, in this process
     updates: int = 0  # optimizer updates made
     train_images: int = 0  # over all ranks
@@ -62,10 +64,13 @@ class Training:
 
 
 def training_loss(run: Training, images: torch.Tensor, targets: torch.Tensor, *, mesa: bool = False) -> torch.Tensor:
-    """Mix the batch, run the network, return the mean fp32 loss. images (B, C, S, S), targets (B,).
+    """Mix the batch, run the network, return the mean fp32 loss. images (B, C, S, S), normalised or in uint8, targets
+    (B,).
 
     With `mesa` the averaged weights predict the same mixed batch, and the criterion draws the network towards that.
     """
+    if images.dtype == torch.uint8:
+        images = run.on_device(images)
     if run.mixup is not None:
         # targets become (B, K) probabilities, already smoothed
         images, targets = run.mixup(images, targets)
