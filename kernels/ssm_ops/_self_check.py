@@ -44,7 +44,7 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         made = {}
         for name, size in self.sizes.items():
-            x = torch.randn(size, generator=generator, dtype=torch.float64)
+            x = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
             if name == "A":  # decays
                 x = -x.abs() - 0.1
             elif name in ("delta", "dt"):
@@ -63,7 +63,8 @@ class Problem:
         }
         out = self.function(**leaves, **self.options, impl=impl)
         # factors that every dtype holds exactly
-        factors = torch.randint(-8, 9, out.shape, generator=torch.Generator().manual_seed(1)) / 4
+        generator = torch.Generator().manual_seed(1)
+        factors = torch.randint(-8, 9, out.shape, generator=generator, dtype=torch.float64, device="cpu") / 4
         out.backward(factors.to(out))
         return {"out": out.detach()} | {f"d{name}": x.grad for name, x in leaves.items()}
 

@@ -57,7 +57,7 @@ def test_training_checkpoints(name, numbers, call):
     assert set(got) == set(state) and all(torch.equal(got[key], value) for key, value in state.items())
     with safe_open(out, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    assert ssm_models.load_checkpoint(timm.create_model(name), out) == (out, "", (), (), ())
+    assert ssm_models.load_checkpoint(timm.create_model(name), out) == (out, "", (), (), (), ())
 
     status, error, _ = call(content, "--which", "ema")
     assert status == 2 and error == f"error: {out} exists; --overwrite replaces it\n"

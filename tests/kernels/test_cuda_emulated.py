@@ -298,8 +298,8 @@ FAULTS = {
     "a_lane_is_gone": (SCANS[0], "float h = enter", "if (k.run == 3) return; float h = enter", "which has ended"),
     "blocks_share_a_sum": (
         SCANS[1],
-        "(k.block * a.batch + k.sample)",
-        "k.sample",
+        "(int64_t(k.block) * a.batch + k.sample)",
+        "int64_t(k.sample)",
         "race in global memory: .* another block",
     ),
 }
