@@ -1,7 +1,7 @@
 """Short runs of what users start on a GPU and no other test covers there: trainings in every precision and way of
 starting, CUDA graphs, whole models beside the CPU, detection with mixed precision.
 
-Two of the trainings run on the CPU, too (with --all), so that on the day of a GPU this file itself is known to work.
+One of the trainings runs on the CPU, too (with --all), so that on the day of a GPU this file itself is known to work.
 """
 
 import importlib
@@ -80,7 +80,7 @@ def test_training(case, digits, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", ["bf16", "fsdp2"])
+@pytest.mark.parametrize("case", ["bf16"])
 def test_training_on_the_cpu(case, digits, tmp_path):
     """The same commands, in fp32, for there is no mixed precision on the CPU."""
     model, launched, options = TRAININGS[case]
