@@ -94,7 +94,7 @@ check() {
     "$PYTHON" -m ssm_ops --check --device cuda:0 | tee "$out/check.txt"
 }
 
-# The limits: nvcc compiles six files for one GPU side by side; the check and the tests wait for Triton's compiler; five of
+# The limits: nvcc compiles seven files for one GPU, two at a time; the check and the tests wait for Triton's compiler; five of
 # the smoke runs are trainings, in processes that take longer to start than to train; a timed way of a case takes what
 # do_bench spends, a quarter of a second; models-compiled waits for torch.compile. With 5 seconds for the end of each they
 # make less than nine minutes.

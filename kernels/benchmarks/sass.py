@@ -4,11 +4,12 @@ The code becomes basic blocks, and these a nest of natural loops. Which way a th
 code, so one path through every loop is assumed: it passes the loops within, takes the most exponentials, loads and
 stores the most bytes of global memory, and is the shortest of those that do. That is the path of a full tile; blocks
 with accesses wider than the tensors' alignment permits, and with calls (the slow way of a 64-bit division), are not on
-it. A `Expected` in place of the default says which exponentials and bytes are meant where a branch is an option.
+it. An `Expected` in place of the default says which exponentials and bytes are meant where a branch is an option.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class Block:
 def blocks(code: list[Instruction]) -> dict[int, Block]:
     """Basic blocks by address, in order; only those that can be reached from the first one."""
     starts = {code[0].address} | {i.target for i in code if i.target is not None}
-    starts |= {b.address for a, b in zip(code, code[1:], strict=False) if a.ends_block}
+    starts |= {b.address for a, b in itertools.pairwise(code) if a.ends_block}
     cut: dict[int, list[Instruction]] = {}
     for i in code:
         if i.address in starts:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from binaries import Binary, compile_launch
 from gpus import CAPABILITIES, GPUS, WARP, Gpu, issue_seconds, occupancy
-from launches import Launch, launches
+from launches import OPERATORS, Launch, launches
 from mamba_ssm_scan import compile_published, published
 from output import write_csv
 from sass import CLASSES, executed
@@ -52,7 +52,7 @@ bytes; the fourth is the longest of them."""
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", help="some operators")
+    parser.add_argument("--ops", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--capability", nargs="+", type=int, choices=CAPABILITIES, default=list(CAPABILITIES))
     parser.add_argument("--mamba-ssm", type=Path, help="unpacked source of mamba_ssm, whose scan is predicted, too")
@@ -110,7 +110,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict]:
         gpu = next((g for g in GPUS if g.capability == capability), None)
         multiprocessors = gpu.multiprocessors if gpu else max(g.multiprocessors for g in GPUS)
         for launch in launches(multiprocessors, dtype):
-            if args.ops is None or launch.operator in args.ops:
+            if launch.operator in args.ops:
                 yield row(launch, compile_launch(launch, capability), capability, gpu)
                 if args.mamba_ssm is not None and launch.implementation == "cuda":
                     theirs = published(launch)

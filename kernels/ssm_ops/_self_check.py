@@ -1,6 +1,6 @@
 """Is an implementation right on this device? Small odd problems, forward and backward, beside the reference.
 
-`python -m ssm_ops._self_check DEVICE OPERATOR:IMPL` writes its verdict as a line of JSON. It is a process of its own
+`python -m ssm_ops._self_check DEVICE OPERATOR:IMPL` prints its verdict in JSON. It is a process of its own
 because of what a faulty kernel does to its process: it hangs, or leaves a device on which nothing runs any more. That
 must not happen to the one that asks; _trust.py starts this and reads the line.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import _trust
 from ._library import OPERATORS
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
@@ -177,7 +178,7 @@ def main(device: str, pair: str) -> None:
     except Exception as error:  # of a compiler, a driver or a kernel: anything
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         passing = isinstance(error, torch.OutOfMemoryError) or "busy or unavailable" in str(error)
-    print(json.dumps({"fault": found, "passing": passing}))
+    print(f"{_trust.VERDICT}{json.dumps({'fault': found, 'passing': passing})}")
 
 
 if __name__ == "__main__":

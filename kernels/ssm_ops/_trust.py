@@ -31,6 +31,7 @@ from . import _native
 VARIABLE = "SSM_OPS_SELF_CHECK"
 POLICIES = ("0", "1", "always")
 CHECKED_IMPLS = ("cuda", "triton")
+VERDICT = "self-check: "  # begins the line of the process that checks
 SECONDS = 300  # for one pair; Triton compiles a dozen kernels for some operators
 AGAIN = "`python -m ssm_ops --check` asks again"
 
@@ -94,7 +95,7 @@ def remembered(operator: str, impl: str, index: int) -> tuple[bool, str | None]:
     who, pair = identity(impl, index), f"{operator}:{impl}"
     try:
         held = json.loads(verdict_file(who, pair).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: this user has no home
         _LOG.debug("no verdict on %s: %s", pair, error)
         return False, None
     if not isinstance(held, dict) or (held.get("identity"), held.get("pair")) != (who, pair):
@@ -104,16 +105,16 @@ def remembered(operator: str, impl: str, index: int) -> tuple[bool, str | None]:
 
 
 def _remember(who: str, pair: str, fault: str | None) -> None:
-    path = verdict_file(who, pair)
     try:
+        path = verdict_file(who, pair)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps({"identity": who, "pair": pair, "fault": fault}, indent=1))
         part.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: this user has no home
         warnings.warn(
-            f"ssm_ops: the verdict of the self-check cannot be kept in {path.parent} ({error}), so every process "
-            f"checks again: set XDG_CACHE_HOME to a folder that can be written, or {VARIABLE}=0",
+            f"ssm_ops: the verdict of the self-check cannot be kept ({error}), so every process checks again: set "
+            f"XDG_CACHE_HOME to a folder that can be written, or {VARIABLE}=0",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -134,6 +135,8 @@ def ask(device: str, pair: str, seconds: float = SECONDS) -> tuple[str | None, b
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), VARIABLE: "0"}
     environment.pop("SSM_OPS_IMPL", None)
+    if not sys.executable:
+        return "no process can be started to check it: sys.executable names no Python", True
     try:
         done = subprocess.run(
             [*_command(), device, pair],
@@ -147,9 +150,10 @@ def ask(device: str, pair: str, seconds: float = SECONDS) -> tuple[str | None, b
         return f"it hangs: no result within {seconds:g} s", False
     except OSError as error:
         return f"no process can be started to check it: {error}", True
-    if done.returncode == 0:
-        verdict = json.loads(done.stdout.splitlines()[-1])
-        return verdict["fault"], verdict["passing"]
+    for line in done.stdout.splitlines():  # what else is printed comes from other libraries
+        if done.returncode == 0 and line.startswith(VERDICT):
+            verdict = json.loads(line.removeprefix(VERDICT))
+            return verdict["fault"], verdict["passing"]
     if done.returncode < 0:  # killed: by the system where memory ends
         name = signal.Signals(-done.returncode).name
         return f"it ended its process by {name}", name == "SIGKILL"

@@ -163,6 +163,20 @@ def test_an_empty_batch(gpu):
     assert gpu.counts() == before
 
 
+def test_what_32_bits_do_not_hold_is_refused(gpu, monkeypatch):
+    called = cuda.call
+
+    def call(library, function, arguments):
+        arguments.length = 1 << 30
+        called(library, function, arguments)
+
+    monkeypatch.setattr(cuda, "call", call)
+    with pytest.raises(
+        RuntimeError, match="selective_scan_forward_float32: 4 channels or 1073741824 tokens are too many"
+    ):
+        selective_scan(**to_dtype(scan_inputs(1, 4, 9, 2), torch.float32), impl="cuda")
+
+
 def apart(x, before, behind):
     """x with so many NaN before and behind every row."""
     whole = torch.full((*x.shape[:-1], before + x.shape[-1] + behind), float("nan"), dtype=x.dtype)

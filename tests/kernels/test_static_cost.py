@@ -1,7 +1,9 @@
 """The predictions of kernels/benchmarks/static.py: machine code is counted right, limits and bytes are right."""
 
+import csv
 import dataclasses
 import importlib
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -223,6 +225,36 @@ def test_the_published_scan_moves_the_same_maps(modules, recorded):
     assert (forward.grid, forward.warps, forward.trips) == (128 * maps, 4, (2, 16))
     own = 2 * tokens * (5 * maps + 2 * 4 * 16) + 2 * 4 * maps * (16 + 2)
     assert backward.bytes == own + 4 * tokens * 2 * 4 * 16 + 4 * 128 * maps * 2 * 2 * 16
+
+
+# ---- what the README says of the table ------------------------------------------------------------------------------
+
+
+def test_the_readme_prints_the_table():
+    """Ranges over all sizes of the published scan's predicted time over ours, and ours on H100 with one state."""
+    with open(FOLDER / "results" / "static" / "static.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["operator"] == "selective_scan" and row["gpu"]]
+    times: dict[tuple, float] = {}
+    for row in rows:
+        way = "forward" if re.search("forward|fwd", row["kernel"]) else "backward"
+        key = row["implementation"], way, row["gpu"], re.search(r" (N\d+) ", row["size"])[1], row["size"]
+        times[key] = times.get(key, 0.0) + float(row["predicted_us"])
+    readme = (FOLDER.parent / "README.md").read_text()
+    for implementation in ("cuda", "triton"):
+        for way in ("forward", "backward"):
+            ranges = []
+            for gpu, states in (("A100", "N1"), ("A100", "N16"), ("H100", "N1"), ("H100", "N16")):
+                mine = [key for key in times if key[:4] == (implementation, way, gpu, states)]
+                ratios = [times[("mamba_ssm", *key[1:])] / times[key] for key in mine]
+                assert len(mine) == (4 if states == "N1" else 5)
+                ranges.append(f"{min(ratios):.1f}-{max(ratios):.1f}")
+            assert f"| {implementation}, {way} | {' | '.join(ranges)} |\n" in readme
+    now = {way: [f"{us:.0f}" for key, us in times.items() if key[:4] == ("cuda", way, "H100", "N1")] for way in WAYS}
+    said = f"to {', '.join(now['forward'])} predicted microseconds forward and from"
+    assert said in " ".join(readme.split()) and f"to {', '.join(now['backward'])} backward." in " ".join(readme.split())
+
+
+WAYS = ("forward", "backward")
 
 
 # ---- the compilers --------------------------------------------------------------------------------------------------

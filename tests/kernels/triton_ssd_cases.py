@@ -133,9 +133,11 @@ def test_opcheck():
     out, final, states = ssd_api.ssd_chunk_scan_fwd(*forward)
     backward = (torch.randn_like(out), torch.randn_like(final), *args, initial, states, True, 70, "triton")
     torch.library.opcheck(ssd_api.ssd_chunk_scan_bwd, backward, test_utils=("test_schema", "test_faketensor"))
-    x, weight = torch.randn(2, 3, 9, device=DEVICE), torch.randn(3, 4, device=DEVICE)
-    torch.library.opcheck(conv_api.causal_conv1d_fwd, (x, weight, None, True, False, "triton"))
-    torch.library.opcheck(conv_api.causal_conv1d_bwd, (x, x, weight, weight[:, 0].clone(), True, True, "triton"))
+    contiguous, weight = torch.randn(2, 3, 9, device=DEVICE), torch.randn(3, 4, device=DEVICE)
+    for x in (contiguous, channels_last(contiguous)):
+        torch.library.opcheck(conv_api.causal_conv1d_fwd, (x, weight, None, True, False, "triton"))
+        backward = (torch.randn_like(x), x, weight, weight[:, 0].clone(), True, True, "triton")
+        torch.library.opcheck(conv_api.causal_conv1d_bwd, backward)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")

@@ -113,7 +113,7 @@ def test_records_of_this_training_alone(tmp_path):
     kept = {"best_score": 0.5, "best_score_mIoU": 1, "best_ckpt": own, "keep_ckpt_ids": [2, 4]}
     foreign = {
         **{"best_ckpt_a": str(tmp_path.parent / "best_a.pth"), "best_ckpt_b": str(tmp_path), "best_ckpt_c": 3},
-        **{"best_ckpt_d": f"{tmp_path}/work/../../best_d.pth", "best_ckpt_e": f"{tmp_path}/iter_2.pth"},
+        **{"best_ckpt_d": f"{tmp_path}/run/../../best_d.pth", "best_ckpt_e": f"{tmp_path}/iter_2.pth"},
         **{"best_score_a": "high", "best_score_b": math.nan, "cfg": "x = 1", "loop_stage": "train", 3: 4},
     }
     content = {
