@@ -8,6 +8,7 @@ from .blocks import NCSSD, SS2D, Mamba, VSSBlock
 from .checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from .dense import DenseBackbone, DenseVisionMamba, DenseVSSD, DenseVSSM
 from .fvcore_counter import fvcore_handles
+from .inference import for_inference
 from .model_card import ModelCard, model_card
 from .upstream import from_upstream
 from .vim import VisionMamba
@@ -28,6 +29,7 @@ __all__ = [
     "ModelCard",
     "VSSBlock",
     "VisionMamba",
+    "for_inference",
     "from_upstream",
     "fvcore_handles",
     "load_checkpoint",

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .layers.bimamba import BiMamba
-from .layers.norm import RMSNorm
+from .layers.norm import RMSNorm, add_normed
 from .layers.patch_embed import PatchEmbed
 from .layers.pos_embed import class_token_rows, insert_rows, resize_pos_embed, split_rows
 from .layers.rope import GridRope
@@ -60,12 +60,19 @@ class VimBlock(nn.Module):
         return self._forward(hidden, residual)
 
     def _forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        residual = hidden if residual is None else residual + self.drop_path(hidden)
+        branch = None
+        if residual is None:
+            residual = hidden
+        else:
+            branch = self.drop_path(hidden)
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        # LayerNorm wants its input in the dtype of its weights
-        normed = self.norm(residual.to(self.norm.weight.dtype) if isinstance(self.norm, nn.LayerNorm) else residual)
-        return self.mixer(normed), residual
+        if isinstance(self.norm, RMSNorm):
+            residual, tokens = add_normed(self.norm, residual, branch)
+        else:
+            residual = residual if branch is None else residual + branch
+            tokens = self.norm(residual.to(self.norm.weight.dtype))  # LayerNorm wants its input in their dtype
+        return self.mixer(tokens), residual
 
 
 class VisionMamba(TimmModel):

@@ -25,6 +25,7 @@ from .layers.conv_stem import get_downsample, get_stem
 from .layers.linear_nc_ssd import LinearNCSSD
 from .layers.mlp import Mlp
 from .layers.nc_ssd import NCSSD
+from .layers.norm import add_normed
 from .layers.timm_model import PyramidModel, Stage, classify, convert_incoming, reset
 from .layers.vssd_files import is_rotations, published_names
 from .pretrained import build_model, pretrained_cfgs
@@ -67,10 +68,10 @@ class VSSDBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.cpe1(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x, tokens = add_normed(self.norm1, x, self.cpe1(x))
+        x = x + self.drop_path(self.attn(tokens))
+        x, tokens = add_normed(self.norm2, x, self.cpe2(x))
+        return x + self.drop_path(self.mlp(tokens))
 
 
 class VSSD(PyramidModel):

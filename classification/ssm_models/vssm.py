@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .layers.forward_type import mixer_family
 from .layers.mlp import Mlp
-from .layers.norm import get_norm, is_channel_first
+from .layers.norm import add_normed, get_norm, is_channel_first, normed
 from .layers.ss2d import SS2D
 from .layers.ss2d_m0 import SS2DM0
 from .layers.ss2d_xv import SS2DXv
@@ -67,11 +67,13 @@ class VSSBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
+        branch = None
         if self.has_op:
-            x = x + self.drop_path(self.op(self.norm(x)))
+            branch = self.drop_path(self.op(normed(self.norm, x)))
         if self.has_mlp:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            x, tokens = add_normed(self.norm2, x, branch)
+            branch = self.drop_path(self.mlp(tokens))
+        return x if branch is None else x + branch
 
 
 class ClassifierHead(nn.Module):
@@ -223,6 +225,8 @@ class VSSM(PyramidModel):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> first tokens in the model's layout."""
+        if self.channel_first and x.device.type == "cpu":  # all layers are faster in this order there, and keep it
+            x = x.contiguous(memory_format=torch.channels_last)
         x = super().forward_stem(x)
         if self.pos_embed is not None:
             size = x.shape[2:] if self.channel_first else x.shape[1:3]

@@ -52,8 +52,9 @@ def compile_launch(launch: Launch, capability: int) -> Binary:
     name, lanes = launch.source
     source = CUDA / f"{name}_{str(launch.dtype).removeprefix('torch.')}.cu"
     found = cuda_binaries(f'#include "{source}"\n', capability)
-    # _Z..forward_kernel I <dtype> Li <lanes> E [Lb <gated> E] E
-    return next(b for n, b in found.items() if f"{launch.kernel}I" in n and f"Li{lanes}E" in n and "Lb1E" not in n)
+    # _Z..forward_kernel I <dtype> Li <lanes> E Lb <keeps states> E E, _Z..backward_kernel I .. Lb <gated> E E
+    flag = "Lb1E" if name.endswith("forward") else "Lb0E"
+    return next(b for n, b in found.items() if f"{launch.kernel}I" in n and f"Li{lanes}E" in n and flag in n)
 
 
 @functools.cache

@@ -103,7 +103,7 @@ def _selective_scan(module, s: Shape, kind: dict) -> str:
     u, delta = (torch.empty(BATCH, channels, s.length, **kind) for _ in range(2))
     B, C = (torch.empty(BATCH, s.groups, s.state, s.length, **kind) for _ in range(2))
     A, D, bias = (torch.empty(channels, *n, device=kind["device"]) for n in ((s.state,), (), ()))
-    out, _, states = module.forward(u, delta, A, B, C, D, None, bias, True, u.dtype)
+    out, _, states = module.forward(u, delta, A, B, C, D, None, bias, True, u.dtype, True)
     module.backward(out, u, delta, A, B, C, D, None, bias, states, True)
     return f"{s.name} B{BATCH} D{channels} L{s.length} N{s.state} G{s.groups}"
 
@@ -116,9 +116,22 @@ def _ss2d_scan(module, s: Shape, kind: dict) -> str | None:
     proj = torch.empty(BATCH, side, side, K * (rank + 2 * s.state), **kind)
     sizes = (K, s.dim, rank), (K * s.dim, s.state), (K * s.dim,), (K * s.dim,)
     parameters = [torch.empty(n, device=kind["device"]) for n in sizes]
-    out, states = module.forward(x, proj, *parameters, "cross2d", x.dtype)
+    out, states = module.forward(x, proj, *parameters, "cross2d", x.dtype, True)
     module.backward(out, x, proj, *parameters, states, "cross2d")
     return f"{s.name} B{BATCH} D{s.dim} {side}x{side} N{s.state} R{rank}"
+
+
+def _bidirectional_scan(module, s: Shape, kind: dict) -> str | None:
+    if s.groups == K:
+        return None
+    rank = s.dim // 32
+    x_forward, x_backward = (torch.empty(BATCH, s.length, s.dim, **kind) for _ in range(2))
+    proj = torch.empty(BATCH, s.length, 2 * (rank + 2 * s.state), **kind)
+    sizes = (2, s.dim, rank), (2 * s.dim, s.state), (2 * s.dim,), (2 * s.dim,)
+    parameters = [torch.empty(n, device=kind["device"]) for n in sizes]
+    out, states = module.forward(x_forward, x_backward, proj, *parameters, x_forward.dtype, True)
+    module.backward(out, x_forward, x_backward, proj, *parameters, states)
+    return f"{s.name} B{BATCH} L{s.length} D{s.dim} N{s.state} R{rank}"
 
 
 def _cross(module, s: Shape, kind: dict, merge: bool) -> str | None:
@@ -155,13 +168,14 @@ def _causal_conv1d(module, s: Shape, kind: dict) -> str | None:
 OPERATORS: dict[str, tuple[tuple[str, ...], str, Callable]] = {
     "selective_scan": (("cuda", "triton"), "scan", _selective_scan),
     "ss2d_scan": (("triton",), "scan", _ss2d_scan),
+    "bidirectional_scan": (("triton",), "scan", _bidirectional_scan),
     "cross_scan": (("triton",), "scan", lambda *args: _cross(*args, merge=False)),
     "cross_merge": (("triton",), "scan", lambda *args: _cross(*args, merge=True)),
     "ssd_chunk_scan": (("triton",), "ssd", _ssd),
     "causal_conv1d": (("triton",), "scan", _causal_conv1d),
 }
 """By operator: implementations on a GPU, which SHAPES, and a call of forward and backward that returns the size."""
-STATEFUL = ("selective_scan", "ss2d_scan", "ssd_chunk_scan")
+STATEFUL = ("selective_scan", "ss2d_scan", "bidirectional_scan", "ssd_chunk_scan")
 _FOLDER = {"cross_merge": "cross_scan", "ssd_chunk_scan": "ssd"}
 
 
@@ -175,8 +189,8 @@ def _tiles(a: dict) -> int:
 LOOPS: dict[str, Callable[[dict], tuple[int, ...]]] = {
     "selective_scan_fwd_kernel": lambda a: (_tiles(a), a["N"]),
     "selective_scan_bwd_kernel": lambda a: (_tiles(a), a["N"]),
-    "ss2d_scan_fwd_kernel": lambda a: (a["n_routes"], _tiles(a), a["N"]),
-    "ss2d_scan_bwd_kernel": lambda a: (a["n_routes"], _tiles(a), a["N"]),
+    "route_scan_fwd_kernel": lambda a: (a["n_routes"], _tiles(a), a["N"]),
+    "route_scan_bwd_kernel": lambda a: (a["n_routes"], _tiles(a), a["N"]),
     "ssd_state_kernel": lambda a: (a["n_tiles"],),
     "ssd_out_kernel": lambda a: (triton.cdiv(a["N"], a["BN"]),),
     "ssd_input_grad_kernel": lambda a: (triton.cdiv(a["P"], a["BP"]), triton.cdiv(a["N"], a["BN"])),

@@ -125,8 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         table.append(line)
         print(" ".join(str(line.get(name, "")) for name in COLUMNS[:6]), flush=True)
     write_csv(table, COLUMNS, args.out)
-    draw(table, args.out)
-    print(f"wrote {args.out} and {args.out.with_suffix('.png')}: predictions, not measurements")
+    if any(line.get("gpu") for line in table):  # times, of which there are none for a GPU that is not in GPUS
+        draw(table, args.out)
+    print(f"wrote {args.out}: predictions, not measurements")
 
 
 if __name__ == "__main__":

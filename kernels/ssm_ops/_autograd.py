@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._library import no_autocast, register_autograd
+from ._library import LAUNCHERS, no_autocast, register_autograd, runs_eagerly
 
 
 def differentiate(overload, apply: Callable, meaning: Callable) -> Callable:
@@ -42,6 +42,18 @@ def differentiate(overload, apply: Callable, meaning: Callable) -> Callable:
     return call
 
 
+def past_dispatcher(overload, call: Callable) -> Callable:
+    """`call`, without the way through the dispatcher where nobody is there for whom it would have to be asked."""
+    launch = LAUNCHERS[overload]
+
+    def run(*args):
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.autograd._profiler_enabled():
+            return call(*args)
+        return launch(*args) if runs_eagerly(*(a for a in args if isinstance(a, Tensor))) else call(*args)
+
+    return run
+
+
 def below_autograd(overload, *args):
     """The operator, for a caller that sees to its derivative."""
     with torch._C._AutoDispatchBelowAutograd():
@@ -55,6 +67,9 @@ class Differentiable:
     first results (no others have one), the inputs, the last result if it needs it, and the flags, without `out_dtype`,
     which is that of the gradient. It returns the gradient of every input, without elements for an absent one.
 
+    A forward with the flag `keep_states` has its last result without elements where that is False. Callers pass False;
+    it becomes True here, where a gradient may be asked for.
+
     Args:
         forward, backward: the registered operators.
         reference: the forward in plain PyTorch, without `impl`.
@@ -67,6 +82,8 @@ class Differentiable:
         self.n_inputs = len(backward._schema.returns)
         self.n_saved = int(forward._schema.returns[-1].name in names_of_backward)
         self.takes_dtype = "out_dtype" in names
+        self.shared = [i for i, name in enumerate(names) if i >= self.n_inputs and name in names_of_backward]
+        self.keep = names.index("keep_states") if "keep_states" in names else None
         self.reference = reference
         self.overloads = forward, backward
 
@@ -75,7 +92,7 @@ class Differentiable:
             functools.partial(type(name + suffix, (function,), {}).apply, self)
             for suffix, function in (("", _Forward), ("_backward", _Backward))
         )
-        self.forward = differentiate(forward, apply, self.meaning)
+        self.forward = past_dispatcher(forward, differentiate(forward, apply, self.meaning))
         self.backward = differentiate(backward, apply_backward, self.meaning_of_backward)
 
     def meaning(self, *args) -> Tensor | tuple[Tensor, ...]:
@@ -92,6 +109,8 @@ class Differentiable:
         inputs, (*flags, impl) = args[: self.n_inputs], args[self.n_inputs + self.n_saved :]
         if self.takes_dtype:
             flags.append(gradients[0].dtype)
+        if self.keep is not None:
+            flags.append(False)
 
         def results(*inputs: Tensor | None) -> tuple[Tensor, ...]:
             made = self.meaning(*inputs, *flags, impl)
@@ -104,10 +123,12 @@ class Differentiable:
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, op: Differentiable, *args):
+        if op.keep is not None:
+            args = *args[: op.keep], args[op.keep] or any(ctx.needs_input_grad), *args[op.keep + 1 :]
         results = below_autograd(op.overloads[0], *args)
         made = (results,) if isinstance(results, Tensor) else results
         ctx.save_for_backward(*args[: op.n_inputs], *made[len(made) - op.n_saved :])
-        ctx.op, ctx.flags = op, args[op.n_inputs :]
+        ctx.op, ctx.flags, ctx.n_flags = op, [args[i] for i in op.shared], len(args) - op.n_inputs
         ctx.results = [(r.shape, r.dtype) for r in made[: op.n_gradients]]
         ctx.mark_non_differentiable(*made[op.n_gradients :])
         ctx.set_materialize_grads(False)  # of results that have none, too
@@ -120,10 +141,9 @@ class _Forward(torch.autograd.Function):
             tensors[0].new_zeros(shape, dtype=dtype) if g is None else g
             for g, (shape, dtype) in zip(gradients, ctx.results, strict=False)
         )
-        flags = (f for f in ctx.flags if not isinstance(f, torch.dtype))
-        found = op.backward(*gradients, *tensors, *flags)
+        found = op.backward(*gradients, *tensors, *ctx.flags)
         found = (None if x is None else g for x, g in zip(tensors, found, strict=False))
-        return None, *found, *(None for _ in ctx.flags)
+        return None, *found, *(None for _ in range(ctx.n_flags))
 
 
 class _Backward(torch.autograd.Function):

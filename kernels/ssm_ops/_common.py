@@ -8,6 +8,9 @@ from torch import Tensor
 MAX_RANK = 256
 """R, of the step sizes that a fused scan forms itself."""
 
+TRITON_CHUNK = 64
+"""Tokens between two states that the Triton scans along routes save."""
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -73,6 +76,18 @@ def check_beside(op: str, name: str, x: Tensor, others: dict[str, tuple], sizes:
             raise TypeError(f"{op}: {other} must be {_any_of(dtypes)} beside {name} in {x.dtype}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{op}: {other} is on {t.device}, {name} is on {x.device}")
+
+
+def check_states(op: str, states: Tensor, shape: tuple[int, ...]) -> None:
+    """
+    Raises:
+        ValueError: `states`, which a backward was given, are not what its forward keeps.
+    """
+    if states.shape != shape:
+        raise ValueError(
+            f"{op}: the backward needs states {tuple(shape)}, got {tuple(states.shape)}: call the forward with "
+            "keep_states=True"
+        )
 
 
 def _any_of(legal) -> str:

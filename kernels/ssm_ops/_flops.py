@@ -138,6 +138,15 @@ def causal_conv1d_bwd(convention: str, dout, x: Shape, weight: Shape, bias, silu
     return (3 if silu else 2) * 2 * prod(x) * weight[1]
 
 
+def silu_gate_fwd(convention: str, *_, out_shape) -> int:
+    """Products by element and an activation, which are not counted, as none of a network's are."""
+    return 0
+
+
+def silu_gate_bwd(convention: str, *_, out_shape) -> int:
+    return 0
+
+
 def cross_scan(convention: str, *_, out_shape) -> int:
     """Nothing but moves."""
     return 0
@@ -161,6 +170,8 @@ _FORMULAS = (
     nc_ssd_bwd,
     causal_conv1d_fwd,
     causal_conv1d_bwd,
+    silu_gate_fwd,
+    silu_gate_bwd,
     cross_scan,
     cross_merge,
 )

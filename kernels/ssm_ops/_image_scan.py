@@ -8,6 +8,8 @@ Shapes: B batch, D channels, L pixels, K routes, N state, R rank of the step siz
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,15 +52,19 @@ class ImageScan:
         x = x.float()
         return F.pad(x, (0, self.missing)) if self.missing else x.contiguous()
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The sum of all routes (B, L, D) and the states before every chunk (S + 1, B, K, N, D)."""
-        chunks = -(-self.length // STATE_CHUNK)
-        states = self._empty(chunks + 1, self.batch, self.routes, self.state, self.dim)
+    def forward(self, keep_states: bool) -> tuple[Tensor, Tensor]:
+        """The sum of all routes (B, L, D) and, if they are to be kept, the states before every chunk
+        (S + 1, B, K, N, D)."""
+        own = self.dim - self.missing
         y = self._empty(self.batch, self.length, self.dim)
         parts = _forward_parts(self.batch, self.blocks, torch.get_num_threads())
+        if not keep_states:
+            self._run("forward", parts, y=y)
+            return y[..., :own] if self.missing else y, y.new_empty(0)
+        chunks = -(-self.length // STATE_CHUNK)
+        states = self._empty(chunks + 1, self.batch, self.routes, self.state, self.dim)
         self._run("forward", parts, y=y, states=states)
         states[chunks] = 0  # not written by the library, nor read: the same call gives the same bits
-        own = self.dim - self.missing
         return y[..., :own], states[..., :own].contiguous()
 
     def backward(self, dy: Tensor, states: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -100,6 +106,7 @@ def _fill_channels(x: Tensor, missing: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing)) if missing else x.contiguous()
 
 
+@functools.lru_cache(maxsize=256)
 def _forward_parts(batch: int, blocks: int, threads: int) -> int:
     """How many parts the channels are cut into: as few as keep all threads equally busy. The results do not tell."""
 

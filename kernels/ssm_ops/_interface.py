@@ -47,7 +47,7 @@ class Buffer(ctypes.Structure):
 
 # ---- csrc/cpu -------------------------------------------------------------------------------------------------------
 
-CPU_VERSION = 1
+CPU_VERSION = 2
 BLOCK = 16
 """Channels side by side."""
 CPU_CHUNK = 64
@@ -108,6 +108,25 @@ class ConvArguments(ctypes.Structure):
     ]
 
 
+class GateArguments(ctypes.Structure):
+    _fields_ = [
+        *_fields(Buffer, "y", "out", "dout", "dy", "dz"),
+        ("z", c_void_p),
+        *_fields(c_int64, "z_dtype", "z_row", "rows", "dim"),
+        ("scale", ctypes.c_float),
+        ("threads", c_int32),
+    ]
+
+
+class NormArguments(ctypes.Structure):
+    _fields_ = [
+        *_fields(Buffer, "x", "branch", "sum", "out", "weight", "bias"),
+        *_fields(c_int64, "rows", "dim"),
+        ("eps", ctypes.c_float),
+        *_fields(c_int32, "rms", "threads"),
+    ]
+
+
 class CrossArguments(ctypes.Structure):
     _fields_ = [
         *_fields(c_void_p, "map", "routes"),
@@ -134,7 +153,7 @@ class Ss2dArguments(ctypes.Structure):
 
 # ---- csrc/cuda ------------------------------------------------------------------------------------------------------
 
-CUDA_VERSION = 2
+CUDA_VERSION = 3
 RUN = 8
 """Tokens of a lane."""
 CUDA_CHUNK = 64
@@ -189,13 +208,15 @@ class CudaScanArguments(ctypes.Structure):
 _SHARED = {"MAX_STATE": MAX_STATE, "Buffer": ctypes.sizeof(Buffer)}
 _SHARED |= {str(dtype).removeprefix("torch.").upper(): code for dtype, code in DTYPES.items()}
 
+_CPU_STRUCTURES = (
+    *(Map, StateMap, ScanArguments, ConvArguments),
+    *(GateArguments, NormArguments, CrossArguments, Ss2dArguments),
+)
+
 AGREED = {
     "cpu": {"VERSION": CPU_VERSION, "BLOCK": BLOCK, "CHUNK": CPU_CHUNK, "MAX_MAPS": MAX_MAPS}
     | _SHARED
-    | {
-        structure.__name__: ctypes.sizeof(structure)
-        for structure in (Map, StateMap, ScanArguments, ConvArguments, CrossArguments, Ss2dArguments)
-    },
+    | {structure.__name__: ctypes.sizeof(structure) for structure in _CPU_STRUCTURES},
     "cuda": {"VERSION": CUDA_VERSION, "RUN": RUN, "CHUNK": CUDA_CHUNK, "SUMS": SUMS, "SHARED_BYTES": SHARED_BYTES}
     | {"FORWARD_ROWS": FORWARD_ROWS, "BACKWARD_ROWS": BACKWARD_ROWS}
     | {"FORWARD_THREADS": FORWARD_THREADS, "BACKWARD_THREADS": BACKWARD_THREADS, "GATED_THREADS": GATED_THREADS}

@@ -12,11 +12,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _native, _trust
 
@@ -70,7 +72,7 @@ class Implementation:
     devices: tuple[str, ...] | None
 
     def load(self):
-        return importlib.import_module(self.module)
+        return sys.modules.get(self.module) or importlib.import_module(self.module)
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dt
         RuntimeError: the named implementation cannot run on `device` or in `dtype`; says why and what can.
     """
     if impl == "auto":
+        known = _known_on_cpu() if device.type == "cpu" and not torch.compiler.is_compiling() else None
+        if known is not None and (operator.name, dtype) in known:
+            return known[operator.name, dtype]
         for name in preferred(operator, device.type, dtype):  # the reference, which is the last, is never refused
             refusal = distrust(operator, name, device)
             if refusal is None:
@@ -163,6 +168,8 @@ def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dt
                 _warn(f"{operator.name} does not use {name} on {device}: {refusal}", frames=4)
         if name != DEFAULT_IMPL and not torch.compiler.is_compiling():
             _warn_of_missing(operator, name, device.type, dtype)
+        if known is not None:
+            known[operator.name, dtype] = name
         return name
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of auto, {', '.join(IMPLS)}")
@@ -174,6 +181,18 @@ def resolve(operator: Operator, impl: str, device: torch.device, dtype: torch.dt
             f"`python -m ssm_ops` shows the whole table."
         )
     return impl
+
+
+_KNOWN: tuple[object, dict[tuple[str, torch.dtype], str]] | None = None
+
+
+def _known_on_cpu() -> dict[tuple[str, torch.dtype], str]:
+    """What "auto" takes on the CPU, by operator and dtype: that does not change, and small inputs feel the search."""
+    global _KNOWN
+    asked = (DEFAULT_IMPL, _MISSING, _WARNED, OPERATORS)
+    if _KNOWN is None or any(a is not b for a, b in zip(_KNOWN[0], asked, strict=True)):
+        _KNOWN = (asked, {})
+    return _KNOWN[1]
 
 
 def _warn_of_missing(operator: Operator, taken: str, device_type: str, dtype: torch.dtype) -> None:
@@ -225,7 +244,13 @@ def register(operator: Operator, schema: str, fake: Callable, launcher: str):
 
     _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    LAUNCHERS[overload] = launch
+    return overload
+
+
+LAUNCHERS: dict[object, Callable] = {}
+"""What a registered operator calls, for callers that need nothing of the dispatcher."""
 
 
 def register_autograd(overload, kernel: Callable) -> None:
@@ -238,3 +263,19 @@ def no_autocast(device_type: str):
     if device_type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device_type=device_type, enabled=False)
+
+
+def runs_eagerly(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call may be computed by what has no derivative and no name for PyTorch: nobody wants a derivative of
+    `tensors`, and nobody looks at the operators, as compilers, tracers, transforms and counters do."""
+    given = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in _PLAIN for t in given)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)

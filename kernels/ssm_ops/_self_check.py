@@ -17,11 +17,13 @@ from torch import Tensor
 
 from . import _trust
 from ._library import OPERATORS
+from .add_norm import add_norm
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
 from .cross_scan import cross_merge, cross_scan
 from .nc_ssd import nc_ssd
 from .selective_scan import selective_scan
+from .silu_gate import silu_gate
 from .ss2d_scan import ss2d_scan
 from .ssd import ssd_chunk_scan
 
@@ -33,12 +35,14 @@ same dtype, and a little. Another order of sums stays below twice; one token of 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: `sizes` of the tensors by name; those in `parameters` stay float32 beside half precision."""
+    """One call: `sizes` of the tensors by name; those in `parameters` stay float32 beside half precision. Without
+    `derivatives` the output is all that the operator's kernels give."""
 
     function: Callable[..., Tensor]
     sizes: dict[str, tuple[int, ...]]
     parameters: tuple[str, ...] = ()
     options: dict[str, object] = field(default_factory=dict)
+    derivatives: bool = True
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Of the size that trained models show, rounded to `dtype`, in float64 on the CPU; always the same."""
@@ -55,14 +59,22 @@ class Problem:
             made[name] = x.to(torch.float32 if name in self.parameters else dtype).double()
         return made
 
+    def inference(self, impl: str, dtype: torch.dtype, device: str) -> Tensor:
+        """The output, where nothing is kept for a backward: some kernels have a way of their own for that."""
+        wide = torch.promote_types(dtype, torch.float32)
+        given = {n: x.to(device, wide if n in self.parameters else dtype) for n, x in self.inputs(dtype).items()}
+        return self.function(**given, **self.options, impl=impl)
+
     def results(self, impl: str, dtype: torch.dtype, device: str, computed_in: torch.dtype) -> dict[str, Tensor]:
         """The output and all gradients, of the inputs rounded to `dtype`."""
         wide = torch.promote_types(computed_in, torch.float32)
         leaves = {
-            name: x.to(device, wide if name in self.parameters else computed_in).requires_grad_()
+            name: x.to(device, wide if name in self.parameters else computed_in).requires_grad_(self.derivatives)
             for name, x in self.inputs(dtype).items()
         }
         out = self.function(**leaves, **self.options, impl=impl)
+        if not self.derivatives:
+            return {"out": out}
         # factors that every dtype holds exactly
         generator = torch.Generator().manual_seed(1)
         factors = torch.randint(-8, 9, out.shape, generator=generator, dtype=torch.float64, device="cpu") / 4
@@ -120,6 +132,16 @@ def _convolution(batch, dim, length, **options) -> Problem:
     return Problem(causal_conv1d, {"x": (batch, dim, length), "weight": (dim, 4), "bias": (dim,)}, (), options)
 
 
+def _norm(*size: int, **options) -> Problem:
+    channels = size[-1:]
+    tensors = {"x": size, "branch": size, "weight": channels, "bias": channels}
+    return Problem(_normed, tensors, ("weight", "bias"), options, derivatives=False)
+
+
+def _normed(**arguments) -> Tensor:
+    return add_norm(**arguments)[1]
+
+
 # Sizes that no tile, vector or block divides, and one that all of them do.
 PROBLEMS: dict[str, tuple[Problem, ...]] = {
     "selective_scan": (
@@ -142,6 +164,8 @@ PROBLEMS: dict[str, tuple[Problem, ...]] = {
     "ssd_chunk_scan": (_heads(ssd_chunk_scan, 2, 77, 4, 12, 5, 2), _heads(ssd_chunk_scan, 1, 128, 2, 64, 64, 1)),
     "nc_ssd": (_heads(nc_ssd, 2, 77, 4, 12, 5, 2),),
     "causal_conv1d": (_convolution(2, 5, 77), _convolution(1, 32, 128, activation="silu", reverse=True)),
+    "silu_gate": (Problem(silu_gate, {"y": (2, 7, 77), "z": (2, 7, 77)}, options={"scale": 0.5}),),
+    "add_norm": (_norm(2, 7, 77), _norm(1, 64, 32, rms=True)),
 }
 
 
@@ -149,6 +173,11 @@ def _error(got: Tensor, want: Tensor) -> float:
     """Root mean square of the difference, relative to that of `want`; NaN where something is not finite."""
     got = got.double().cpu()
     return float((got - want).norm() / want.norm())
+
+
+def _size(problem: Problem) -> tuple[int, ...]:
+    """That of the first tensor, by which a problem is known."""
+    return next(iter(problem.sizes.values()))
 
 
 def fault(operator: str, impl: str, device: str) -> str | None:
@@ -161,11 +190,13 @@ def fault(operator: str, impl: str, device: str) -> str | None:
             got, again = (problem.results(impl, dtype, device, dtype) for _ in range(2))
             for name, want in truth.items():
                 error, allowed = _error(got[name], want), ERRORS_OF_REFERENCE * _error(yardstick[name], want) + SPARE
-                where = f"{name} of {dtype} at {tuple(next(iter(problem.sizes.values())))}"
+                where = f"{name} of {dtype} at {_size(problem)}"
                 if not error <= allowed:  # NaN is no number below
                     return f"wrong numbers: {where} is off by {error:.2g} of its size, {allowed:.2g} at most is right"
                 if not torch.equal(got[name], again[name]):
                     return f"the same call gives other bits: {where}"
+            if not torch.equal(problem.inference(impl, dtype, device), got["out"]):
+                return f"inference gives other bits than training: out of {dtype} at {_size(problem)}"
     return None
 
 

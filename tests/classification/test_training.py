@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssm_train import trainer
 from ssm_train.common.distributed import World
@@ -152,6 +153,30 @@ def test_skipped_fp16_step_moves_nothing(make):
     run.scaler.scale(training_loss(run, images, targets)).backward()
     assert update(run).made
     assert run.updates == 1 and run.optimizer.param_groups[0]["lr"] > rate
+
+
+class Questions(TorchDispatchMode):
+    """Counts the numbers that the host asks tensors for, one by one: on a GPU it waits for each."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_an_update_reads_the_device_once(make, monkeypatch):
+    """With everything that an update can have; the host does not wait for the step itself."""
+    _, run = make("AMP fp16 TRAIN.CLIP_GRAD 1.0 TRAIN.EMA_DECAY 0.9")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    reads, read = [], World.read_with_sums
+    monkeypatch.setattr(World, "read_with_sums", lambda *args: reads.append(args) or read(*args))
+    for _ in range(2):  # the first one makes the optimizer's state
+        run.scaler.scale(training_loss(run, images, targets)).backward()
+        with Questions() as questions:
+            assert update(run).made
+    assert len(reads) == 2 and questions.asked == 0
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])

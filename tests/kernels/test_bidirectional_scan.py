@@ -336,19 +336,20 @@ def test_fused_has_no_float64_and_says_what_has():
     assert "Available here: reference." in str(caught.value)
 
 
-@pytest.mark.parametrize("impl", ["triton", "cuda"])
-def test_compositions_with_scans_of_other_devices_tell_what_is_here(impl):
-    scan = OPERATORS["selective_scan"]
+@pytest.mark.parametrize(("impl", "operator"), [("triton", "bidirectional_scan"), ("cuda", "selective_scan")])
+def test_scans_of_other_devices_tell_what_is_here(impl, operator):
+    """The fused one, and that of a composition."""
+    scan = OPERATORS[operator]
     why = why_unavailable(scan, impl, "cpu", torch.float32)
     if why is None:
         pytest.skip(f"{impl} runs here")
     with pytest.raises(RuntimeError) as caught:
         bidirectional_scan(**to_dtype(inputs(), torch.float32), impl=impl)
-    assert f"selective_scan: impl='{impl}' is not available on cpu: {why}" in str(caught.value)
+    assert f"{operator}: impl='{impl}' is not available on cpu: {why}" in str(caught.value)
     assert f"Available here: {', '.join(available(scan, 'cpu', torch.float32))}." in str(caught.value)
 
 
-@pytest.mark.parametrize("default", ["reference", "triton", "cuda"])
+@pytest.mark.parametrize("default", ["reference", "cuda"])
 def test_the_default_may_name_a_composition(default, monkeypatch):
     """SSM_OPS_IMPL names a scan, which "auto" hands on."""
     asked = []
@@ -359,16 +360,17 @@ def test_the_default_may_name_a_composition(default, monkeypatch):
 
 
 def test_auto_gives_shapes_on_other_devices_and_warns_of_nothing(monkeypatch):
-    """Where only the composition runs it is the fast way; what it is made of warns for itself."""
+    """By the composition where nothing else runs; on a GPU by the fused scan in Triton."""
     given = to_dtype(inputs(), torch.float32)
     out = bidirectional_scan(**{n: t.to("meta") for n, t in given.items()}, out_dtype=torch.float16)
     assert (out.shape, out.dtype, out.device.type) == ((2, 20, 5), torch.float16, "meta")
-    asked = []
-    monkeypatch.setattr(api.reference, "composition", lambda *args: asked.append(args[-1]))
+    if why := why_unavailable(api.BIDIRECTIONAL_SCAN, "triton", "cuda"):
+        pytest.skip(why)
+    monkeypatch.setattr(api.reference, "composition", None)
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        bidirectional_scan(**{n: torch.empty(t.shape, device="cuda") for n, t in given.items()})
-    assert asked == ["auto"]
+        out = bidirectional_scan(**{n: torch.empty(t.shape, device="cuda") for n, t in given.items()})
+    assert (out.shape, out.dtype, out.device.type) == ((2, 20, 5), torch.float32, "cuda")
 
 
 # ---- what it promises to PyTorch ------------------------------------------------------------------------------------
@@ -379,8 +381,8 @@ def test_auto_gives_shapes_on_other_devices_and_warns_of_nothing(monkeypatch):
 @pytest.mark.parametrize("length, dim", [(65, 5), (64, 16)])
 def test_opcheck(length, dim, dtype):
     args = tuple(to_dtype(inputs(2, length, dim, 3, 2), dtype).values())
-    torch.library.opcheck(api.bidirectional_scan_fwd, (*args, torch.float32, "cpu"))
-    out, states = api.bidirectional_scan_fwd(*args, torch.float32, "cpu")
+    torch.library.opcheck(api.bidirectional_scan_fwd, (*args, torch.float32, False, "cpu"))
+    out, states = api.bidirectional_scan_fwd(*args, torch.float32, True, "cpu")
     assert states.shape == (-(-length // 64) + 1, 2, 2, 3, dim)
     assert not states[-1].any()  # written, though nothing reads it
     torch.library.opcheck(api.bidirectional_scan_bwd, (torch.randn_like(out), *args, states, "cpu"))

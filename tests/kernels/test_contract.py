@@ -25,8 +25,9 @@ def detached(inputs):
 def test_opcheck_selective_scan(options, dtype):
     i = detached(to_dtype(scan_inputs(2, 4, 300, 3, **options), dtype))
     args = (i["u"], i["delta"], i["A"], i["B"], i["C"], i["D"], i["z"], i["delta_bias"])
-    torch.library.opcheck(scan_api.selective_scan_fwd, (*args, True, torch.float32, CPU_IMPL))
-    out, _, states = scan_api.selective_scan_fwd(*args, True, torch.float32, CPU_IMPL)
+    for keep_states in (True, False):
+        torch.library.opcheck(scan_api.selective_scan_fwd, (*args, True, torch.float32, keep_states, CPU_IMPL))
+    out, _, states = scan_api.selective_scan_fwd(*args, True, torch.float32, True, CPU_IMPL)
     torch.library.opcheck(scan_api.selective_scan_bwd, (torch.randn_like(out), *args, states, True, CPU_IMPL))
 
 

@@ -172,7 +172,7 @@ def test_ss2d_scan_costs_what_its_composition_costs(convention):
     # the fused operator, which this machine may not have, on tensors without memory
     x, proj, *parameters = (t.detach().to("meta") for t in (x, proj, *parameters))
     outs = []
-    rest = "cross2d", torch.float32, "cpu"
+    rest = "cross2d", torch.float32, True, "cpu"
     fused = count(lambda: outs.extend(OPS.ss2d_scan_fwd(x, proj, *parameters, *rest)), convention)
     fused_backward = count(lambda: OPS.ss2d_scan_bwd(x, x, proj, *parameters, outs[1], "cross2d", "cpu"), convention)
     product = 2 * BATCH * 4 * D * height * width * rank
@@ -192,7 +192,7 @@ def test_bidirectional_scan_costs_what_its_composition_costs(convention):
     forward, backward = forward_and_backward(call, convention)
 
     made, outs = [t.detach().to("meta") for t in (*inputs, *parameters)], []
-    fused = count(lambda: outs.extend(OPS.bidirectional_scan_fwd(*made, torch.float32, "cpu")), convention)
+    fused = count(lambda: outs.extend(OPS.bidirectional_scan_fwd(*made, torch.float32, True, "cpu")), convention)
     fused_backward = count(lambda: OPS.bidirectional_scan_bwd(outs[0], *made, outs[1], "cpu"), convention)
     product, tokens = 2 * BATCH * 2 * D * length * rank, BATCH * 2 * D * length
     per_state = {"hardware_aware": (18, 42), "recurrence": (7, 20)}[convention]

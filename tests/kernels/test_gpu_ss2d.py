@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ssm_ops import _triton_routes as routes
 from ssm_ops import ss2d_scan
 from ssm_ops._library import OPERATORS
 from tests.kernels.common import implementations, rms_error
@@ -79,7 +80,7 @@ def versions(kernel) -> int:
 
 def test_image_sizes_do_not_compile_again():
     module = OPERATORS["ss2d_scan"].find("triton").load()
-    kernels = (module.pixels_kernel, module.ss2d_scan_fwd_kernel, module.ss2d_scan_bwd_kernel)
+    kernels = (module.pixels_kernel, routes.route_scan_fwd_kernel, routes.route_scan_bwd_kernel)
 
     def step(batch, height, width):
         given = channels_last(leaves(made_on_gpu(batch, 48, height, width, 1, 3), torch.bfloat16))

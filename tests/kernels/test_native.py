@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_refused_not_read(refusals):
 def test_saved_states_that_do_not_fit_raise(wrong):
     i = {n: None if t is None else t.detach() for n, t in to_dtype(scan_inputs(1, 4, 70, 2), torch.float32).items()}
     args = [i[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
-    out, _, states = torch.ops.ssm_ops.selective_scan_fwd(*args, True, torch.float32, "cpu")
+    out, _, states = torch.ops.ssm_ops.selective_scan_fwd(*args, True, torch.float32, True, "cpu")
     with pytest.raises(RuntimeError, match="^selective_scan_backward: states holds "):
         torch.ops.ssm_ops.selective_scan_bwd(out, *args, wrong(states), True, "cpu")
 
@@ -289,7 +289,7 @@ def test_a_missing_library_is_named_once_on_the_cpu(process):
         ("nc_ssd", CUDA, torch.float32),
         ("nc_ssd", CPU, torch.float32),
         ("ssd_chunk_scan", CPU, torch.float32),
-        ("bidirectional_scan", CUDA, torch.float32),
+        ("bidirectional_scan", CUDA, torch.float64),
         ("selective_scan", CUDA, torch.float64),
         ("selective_scan", CPU, torch.float64),
         ("selective_scan", META, torch.float32),

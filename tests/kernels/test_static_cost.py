@@ -178,7 +178,7 @@ def recorded(modules):
 def test_all_kernels_are_there(recorded):
     assert {(launch.implementation, launch.kernel) for launch in recorded} == {
         *(("cuda", name) for name in ("forward_kernel", "backward_kernel")),
-        *(("triton", f"{scan}_{way}_kernel") for scan in ("selective_scan", "ss2d_scan") for way in ("fwd", "bwd")),
+        *(("triton", f"{scan}_{way}_kernel") for scan in ("selective_scan", "route_scan") for way in ("fwd", "bwd")),
         *(("triton", f"cross_{way}_kernel") for way in ("scan", "merge")),
         *(("triton", f"ssd_{part}_kernel") for part in ("step", "state", "out", "input_grad", "projection_grad")),
         *(("triton", f"causal_conv1d_{part}kernel") for part in ("", "grad_")),
@@ -202,6 +202,23 @@ def test_launches_and_bytes_of_the_scan(recorded):
     assert (forward.grid, forward.warps, forward.trips) == (128 * 4 * 12, 8, (4, 1))
     assert (forward.widest, forward.shared) == (8, 8 * 4 * 4 * 2)
     assert (forward.channels, forward.states) == (tokens * maps, 1)
+
+
+def test_launches_and_bytes_of_both_directions(recorded):
+    """Vim-T: the least that its docstring states, and what the kernels leave for themselves and for torch."""
+    mine = {x.kernel: x for x in recorded if x.size == "Vim-T B128 L197 D384 N16 R12"}
+    tokens, D, F, N = 128 * 197, 384, 12 + 2 * 16, 16
+    states, parameters = 4 * 5 * 128 * 2 * N * D, 4 * 2 * D * (12 + N + 2)
+    forward, backward = (mine[f"route_scan_{way}_kernel"] for way in ("fwd", "bwd"))
+    # both sequences and the sum; proj of both directions; the sum of the first one in float32
+    assert forward.bytes == 2 * tokens * (3 * D + 2 * F) + 4 * tokens * D + states + parameters
+    # dout, both sequences and their gradients; proj, and its gradient in float32 from each of 12 blocks of channels;
+    # what is carried between tiles; gradients of the parameters of every sample
+    own = 4 * 12 * tokens * 2 * F + states // 5 + 128 * parameters
+    assert backward.bytes == 2 * tokens * (5 * D + 2 * F) + own + states + parameters
+    # 12 blocks of channels of 4 warps: one program for both directions, backward one for each; 4 tiles of 64 tokens
+    assert (forward.grid, forward.warps, forward.trips) == (128 * 12, 4, (2, 4, N))
+    assert (backward.grid, backward.warps, backward.trips) == (128 * 12 * 2, 8, (1, 4, N))
 
 
 def test_work_is_counted_by_routes_and_states(recorded):

@@ -55,8 +55,8 @@ def test_what_a_program_reads_back_lies_behind_a_barrier():
     ]
     reading = {function.name: read_back(function) for function in functions if read_back(function)}
     assert reading == {
-        "ss2d_scan_fwd_kernel": {"p_state"},
-        "ss2d_scan_bwd_kernel": {"p_carried", "p_dA", "p_dweight"},
+        "route_scan_fwd_kernel": {"p_state"},
+        "route_scan_bwd_kernel": {"p_carried", "p_dA", "p_dweight"},
         "add_to_map": {"sums"},  # called by these two, between their barriers
     }
     for function in functions:

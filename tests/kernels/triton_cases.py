@@ -122,14 +122,28 @@ def test_any_strides_of_scan_and_merge(operator, first):
         assert torch.equal(got, want) and got.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_keeps_no_states(dtype):
+    """The kernel has no memory for them; the bits are those of training."""
+    given = to_dtype(on_device(scan_inputs(1, 6, 260, 2, groups=2, z=True)), dtype)
+    want = selective_scan(**given, delta_softplus=True, return_last_state=True, impl="triton")
+    args = [given[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    with torch.no_grad():
+        got = selective_scan(**given, delta_softplus=True, return_last_state=True, impl="triton")
+        *_, states = scan_api.selective_scan_fwd(*args, True, dtype, False, "triton")
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True)) and states.shape == (0,)
+        with pytest.raises(ValueError, match=r"the backward needs states \(4, 1, 2, 2, 3\), got \(0,\)"):
+            scan_api.selective_scan_bwd(want[0], *args, states, True, "triton")
+
+
 def test_opcheck():
     i = {
         n: x if x is None else x.detach()
         for n, x in to_dtype(on_device(scan_inputs(1, 4, 9, 2)), torch.float32).items()
     }
     args = (i["u"], i["delta"], i["A"], i["B"], i["C"], i["D"], i["z"], i["delta_bias"])
-    torch.library.opcheck(scan_api.selective_scan_fwd, (*args, True, torch.float32, "triton"))
-    out, _, states = scan_api.selective_scan_fwd(*args, True, torch.float32, "triton")
+    torch.library.opcheck(scan_api.selective_scan_fwd, (*args, True, torch.float32, False, "triton"))
+    out, _, states = scan_api.selective_scan_fwd(*args, True, torch.float32, True, "triton")
     torch.library.opcheck(scan_api.selective_scan_bwd, (torch.randn_like(out), *args, states, True, "triton"))
     flags = (True, False, False, "cross2d", "triton")
     torch.library.opcheck(torch.ops.ssm_ops.cross_scan.default, (torch.randn(1, 3, 4, 5, device=DEVICE), *flags))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor
 
-from .norm import Linear
+from .linear import Linear
 
 
 class Attention(nn.Module):

@@ -11,13 +11,12 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor
 
-from ssm_ops import bidirectional_scan, causal_conv1d, no_autocast, selective_scan
+from ssm_ops import bidirectional_scan, causal_conv1d, no_autocast, selective_scan, silu_gate
 
-from .norm import Linear
+from .linear import Linear
 from .ssm_init import reset_decay_, reset_dt_bias_, reset_projection_
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
@@ -39,8 +38,8 @@ class BiMamba(nn.Module):
             (published) has parameters of its own for the way back, named `*_b`.
         if_divide_out: halve the sum of the two directions; only "v2" does.
         init_layer_scale: initial value of factors per channel of the output, `gamma`; None for none.
-        impl: implementation of the scan, see `ssm_ops`; the convolution takes the fastest there is, or "reference" with
-            the scan. Under timm's exportable flag both do.
+        impl: implementation of the scan, see `ssm_ops`; convolution and gate take the fastest there is, or "reference"
+            with the scan. Under timm's exportable flag all do.
         device, dtype: of the parameters, as in PyTorch's layers.
     """
 
@@ -68,7 +67,9 @@ class BiMamba(nn.Module):
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.bimamba_type = bimamba_type
         self.halve = if_divide_out and bimamba_type == "v2"
+        self.folded = None
         self.impl = "reference" if is_exportable() else impl
+        self.side_impl = "reference" if self.impl == "reference" else "auto"  # of convolution and gate
         d_inner = int(expand * d_model)
 
         def empty(*shape: int) -> nn.Parameter:
@@ -115,15 +116,13 @@ class BiMamba(nn.Module):
         """(B, L, C) -> the same."""
         x, z = self.in_proj(x).chunk(2, dim=2)  # (B, L, E) each
         y = self._forwards(x) if self.bimamba_type == "none" else self._both_ways(x)
-        if self.halve:
-            y = 0.5 * y
-        y = self.out_proj(y * F.silu(z))
+        y = self.out_proj(silu_gate(y, z.to(y.dtype), scale=0.5 if self.halve else 1.0, impl=self.side_impl))
         return y if self.gamma is None else y * self.gamma
 
     def _conv(self, x: Tensor, conv: nn.Conv1d, reverse: bool = False) -> Tensor:
         """(B, L, E) -> SiLU of the causal convolution, from the end with `reverse`."""
-        impl = "reference" if self.impl == "reference" else "auto"
-        u = causal_conv1d(x.mT, conv.weight.squeeze(1), conv.bias, activation="silu", reverse=reverse, impl=impl)
+        weight, impl = conv.weight.squeeze(1), self.side_impl
+        u = causal_conv1d(x.mT, weight, conv.bias, activation="silu", reverse=reverse, impl=impl)
         return u.mT
 
     def _both_ways(self, x: Tensor) -> Tensor:
@@ -132,18 +131,25 @@ class BiMamba(nn.Module):
         there = self._conv(x, self.conv1d)
         # v1 convolves forwards for both ways, as published
         back = there if shared else self._conv(x, self.conv1d_b, reverse=True)
-        x_proj, dt_proj, D = (
-            (self.x_proj, self.dt_proj, self.D) if shared else (self.x_proj_b, self.dt_proj_b, self.D_b)
-        )
-        return bidirectional_scan(
-            there,
-            back,
-            torch.cat([self.x_proj(there), x_proj(back)], 2).to(there.dtype),
+        x_proj = self.x_proj if shared else self.x_proj_b
+        proj = torch.cat([self.x_proj(there), x_proj(back)], 2).to(there.dtype)
+        return bidirectional_scan(there, back, proj, *self._parameters_of_scan(), impl=self.impl)
+
+    def fold_constants(self, dtype: torch.dtype) -> None:
+        """For inference: what the scan of both directions needs of the parameters, once. They stay in float32."""
+        if self.bimamba_type != "none":
+            self.folded = self._parameters_of_scan()
+
+    def _parameters_of_scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of both directions: dt_weight (2, E, R), A (2E, N), D (2E), dt_bias (2E) in float32 (or float64)."""
+        if self.folded is not None:
+            return self.folded
+        dt_proj, D = (self.dt_proj, self.D) if self.bimamba_type == "v1" else (self.dt_proj_b, self.D_b)
+        return (
             _at_least_float32(torch.stack([self.dt_proj.weight, dt_proj.weight])),
             -torch.cat([_at_least_float32(self.A_log), _at_least_float32(self.A_b_log)]).exp(),
             _at_least_float32(torch.cat([self.D, D])),
             _at_least_float32(torch.cat([self.dt_proj.bias, dt_proj.bias])),
-            impl=self.impl,
         )
 
     def _forwards(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .conv2d import Conv2d
+from .conv2d import Conv2d, PackedConv2d
 
 
 class DepthwiseConv(Conv2d):
@@ -18,6 +18,17 @@ class DepthwiseConv(Conv2d):
 
     def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def for_inference(self, dtype: torch.dtype) -> nn.Module:
+        """The same convolution, in float32 or bfloat16, for inference on the CPU."""
+        return PackedDepthwiseConv(self, dtype)
+
+
+class PackedDepthwiseConv(PackedConv2d):
+    """A `DepthwiseConv` for inference on the CPU alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -7,6 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import onednn
+
 
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d`, without other padding than zeros.
@@ -21,6 +23,49 @@ class Conv2d(nn.Conv2d):
         trains = torch.is_grad_enabled() and not torch.jit.is_tracing()
         weight = in_own_strides(self.weight) if trains else self.weight
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def fused(self, x: Tensor, act: nn.Module) -> Tensor | None:
+        """act of the convolution in one pass, without derivatives; None where oneDNN cannot."""
+        if not x.is_contiguous(memory_format=torch.channels_last) or not onednn.takes(x, self.weight):
+            return None
+        return onednn.conv2d(x, self.weight, self.bias, onednn.places(self), act)
+
+    def for_inference(self, dtype: torch.dtype) -> nn.Module:
+        """The same convolution, in float32 or bfloat16, for inference on the CPU; one of another layout stays."""
+        return PackedConv2d(self, dtype) if type(self) is Conv2d else self
+
+
+class PackedConv2d(nn.Module):
+    """A `Conv2d` whose weight lies in oneDNN's order, for inference on the CPU alone; the result is channels-last.
+
+    The order depends on the size of the maps, and by a weight in that of another size some convolutions take a hundred
+    times as long: it is packed for the first maps that come, and anew when their size changes.
+    """
+
+    def __init__(self, conv: Conv2d, dtype: torch.dtype):
+        super().__init__()
+        self.places = onednn.places(conv)
+        self.weight = conv.weight.detach().to(dtype)
+        self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+        self.size, self.packed = None, self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x, None)
+
+    def fused(self, x: Tensor, act: nn.Module | None) -> Tensor:
+        """act of the convolution."""
+        onednn.refuse_derivatives(x)
+        if self.places[3] == 1 and self.size != x.shape:  # depthwise weights are small
+            self.packed, self.size = onednn.pack_conv(self.weight, self.places, x.shape), x.shape
+        return onednn.conv2d(x, self.packed, self.bias, self.places, act)
+
+
+def activated(conv: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """act(conv(x)), (B, C, H, W) -> the same; in one pass where oneDNN can and nobody watches what is between."""
+    y = None
+    if type(conv) in (Conv2d, PackedConv2d) and onednn.known_act(act) and onednn.unwatched(conv, act):
+        y = conv.fused(x, act)
+    return act(conv(x)) if y is None else y
 
 
 def in_own_strides(weight: Tensor) -> Tensor:

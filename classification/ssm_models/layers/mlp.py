@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .act import get_act
-from .norm import get_linear
+from .linear import get_linear, two_maps
 
 
 class Mlp(nn.Module):
@@ -44,6 +44,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.gated and not (self.training and self.drop.p):
+            y = two_maps(self.fc1, self.act, self.fc2, x)
+            if y is not None:
+                return self.drop(y)
         x = self.fc1(x)
         if self.recompute and torch.is_grad_enabled():
             # it stops again before the product of fc2, which needs no result of its own

@@ -18,7 +18,8 @@ from torch import Tensor
 from ssm_ops import nc_ssd, ssd_chunk_scan
 
 from .conv import DepthwiseConv
-from .norm import Linear
+from .linear import Linear
+from .norm import normed
 from .ssm_init import reset_dt_bias_, reset_head_decay_
 
 
@@ -99,7 +100,7 @@ class NCSSD(nn.Module):
             C.unflatten(2, (self.groups, -1)),
             (height, width),
         )
-        y = self.norm(y.flatten(2)).unflatten(1, (height, width))
+        y = normed(self.norm, y.flatten(2)).unflatten(1, (height, width))
         return self.out_proj(y.to(gate.dtype) * gate)  # the gate has no activation, unlike Mamba-2's
 
     def _mix(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, grid: tuple[int, int]) -> Tensor:

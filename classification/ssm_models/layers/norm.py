@@ -1,4 +1,4 @@
-"""Norms and projections for both memory layouts: NHWC ("channel-last") and NCHW ("channel-first").
+"""Norms for both memory layouts: NHWC ("channel-last") and NCHW ("channel-first").
 
 A model is channel-first exactly if its norm is "ln2d" or "bn". Parameters have the same names and shapes in both
 layouts, so checkpoints move freely between them.
@@ -11,9 +11,13 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, is_exportable
+from timm.layers import LayerNorm2d
 from torch import Tensor
 from torchvision.ops import Permute
+
+from ssm_ops import add_norm, runs_eagerly
+
+from . import onednn
 
 _NORMS = {
     "ln": partial(nn.LayerNorm, eps=1e-5),
@@ -29,47 +33,35 @@ def get_norm(name: str):
     return _NORMS[name.lower()]
 
 
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x) for a product to read: in autocast's dtype at once, where nobody wants a derivative of it or watches."""
+    return add_normed(norm, x, None)[1]
+
+
+def add_normed(norm: nn.Module, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x + branch, and its `normed`; in one pass where that can be."""
+    nchw = isinstance(norm, LayerNorm2d)
+    tokens = [t.permute(0, 2, 3, 1) if nchw and t is not None else t for t in (x, branch)]
+    if not _fuses(norm, *tokens):
+        x = x if branch is None else x + branch
+        return x, norm(x)
+    dtype = onednn.dtype_of_product(x) if torch.is_autocast_enabled("cpu") else norm.weight.dtype
+    rms = isinstance(norm, RMSNorm)
+    bias = None if rms else norm.bias
+    results = add_norm(*tokens, norm.weight, bias, eps=norm.eps, rms=rms, out_dtype=dtype)
+    return tuple(t.permute(0, 3, 1, 2) for t in results) if nchw else results
+
+
+def _fuses(norm: nn.Module, x: Tensor, branch: Tensor | None) -> bool:
+    """Whether the operator may stand for the sum and the norm of tokens (..., C)."""
+    if type(norm) not in (nn.LayerNorm, LayerNorm2d, RMSNorm) or x.device.type != "cpu":
+        return False
+    whole = x.is_contiguous() and (branch is None or branch.is_contiguous())
+    return whole and runs_eagerly(x, branch, norm.weight) and onednn.unwatched(norm)
+
+
 def is_channel_first(norm_layer: str) -> bool:
     return norm_layer.lower() in ("ln2d", "bn")
-
-
-class Linear2d(nn.Linear):
-    """A linear map of the channels of (B, C, H, W), with the 2-D weight (out, in) of `nn.Linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` for tokens (..., C).
-
-    In float32 on the CPU it is computed as a 1x1 convolution of a channels-last map of height 1. That is the same
-    product, but by oneDNN, whose kernels use the whole vector unit of every processor; the BLAS of most builds of
-    PyTorch (MKL) does so on Intel's only, and elsewhere takes up to twice the time. oneDNN is fast where channels fill
-    blocks of 16; other sizes are left to the BLAS.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.convolves = in_features % 16 == 0 == out_features % 16 and not is_exportable()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.convolves or x.device.type != "cpu" or x.dtype != torch.float32 or x.dim() < 3:
-            return super().forward(x)
-        image = x.flatten(1, -2).transpose(1, 2).unsqueeze(2)  # (B, C, 1, tokens)
-        y = F.conv2d(image, self.weight[:, :, None, None], self.bias)
-        return y.squeeze(2).transpose(1, 2).unflatten(1, x.shape[1:-1])
-
-
-def get_linear(channel_first: bool) -> type[nn.Linear]:
-    return Linear2d if channel_first else Linear
 
 
 def to_channel_last() -> Permute:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ssm_ops import no_autocast, selective_scan, ss2d_scan
 
+from . import onednn
 from .act import get_act
-from .conv2d import Conv2d
+from .conv2d import Conv2d, activated
 from .forward_type import parse_forward_type
-from .norm import get_linear, get_norm, to_channel_first, to_channel_last
+from .linear import get_linear
+from .norm import get_norm, normed, to_channel_first, to_channel_last
 from .ssm_init import reset_projection_, reset_ssm, ssm_parameters, x_proj_parameter
 
 K = 4
@@ -77,6 +79,7 @@ class SS2D(nn.Module):
         self.dt_rank = get_dt_rank(dt_rank, d_model)
         self.scans, self.scan_fp32, self.gated = variant.scans, variant.scan_fp32, variant.gate
         self.channel_first = channel_first
+        self.folded = self.packed = None
         self.impl = "reference" if is_exportable() else impl
 
         self.initialize = initialize
@@ -115,22 +118,36 @@ class SS2D(nn.Module):
             gate = self.gate_act(gate)
         if not self.channel_first:
             x = x.permute(0, 3, 1, 2)
-        x = self.act(self.conv2d(x))  # (B, D, H, W)
+        x = activated(self.conv2d, self.act, x)  # (B, D, H, W)
         y = self._cascade(x) if self.scans == "cascade2d" else self._scan_map(x)
-        y = self.out_act(self.out_norm(y).to(x.dtype))
+        y = self.out_act(normed(self.out_norm, y).to(x.dtype))
         if gate is not None:
             y = y * gate
         return self.dropout(self.out_proj(y))
 
+    def fold_constants(self, dtype: torch.dtype) -> None:
+        """For inference with products in `dtype`: what the scan needs of the parameters, once."""
+        self.folded = self._parameters_of_scan()
+        self.packed = onednn.pack_linear(self.x_proj_weight.detach().flatten(0, 1).to(dtype))
+
     def _parameters_of_scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dt_weight (K, D, R), A (K*D, N), D (K*D), dt_bias (K*D) in float32 (or float64)."""
+        if self.folded is not None:
+            return self.folded
         A_logs, Ds = at_least_float32(self.A_logs), at_least_float32(self.Ds)
         weight, bias = at_least_float32(self.dt_projs_weight), at_least_float32(self.dt_projs_bias)
         return weight, -A_logs.exp(), Ds, bias.flatten()
 
+    def _project(self, tokens: Tensor) -> Tensor:
+        """(B, H, W, D) -> what the scan reads beside them, (B, H, W, K * (R + 2N))."""
+        weight = self.x_proj_weight.flatten(0, 1)
+        if self.packed is not None:
+            return onednn.linear(tokens, self.packed, None)
+        return onednn.linear(tokens, weight, None) if onednn.takes(tokens, weight) else F.linear(tokens, weight)
+
     def _scan_map(self, x: Tensor) -> Tensor:
         """(B, D, H, W) -> the sum over the routes, (B, H, W, D), or (B, D, H, W) with `channel_first`."""
-        proj = F.linear(x.permute(0, 2, 3, 1), self.x_proj_weight.flatten(0, 1))  # (B, H, W, K * (R + 2N))
+        proj = self._project(x.permute(0, 2, 3, 1))
         dtype = torch.promote_types(x.dtype, torch.float32 if self.scan_fp32 else proj.dtype)
         y = ss2d_scan(
             x.to(dtype),

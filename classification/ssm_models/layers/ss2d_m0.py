@@ -20,7 +20,8 @@ from ssm_ops import cross_merge, cross_scan, ssd_chunk_scan
 from .act import get_act
 from .conv2d import Conv2d
 from .forward_type import parse_m0
-from .norm import get_linear, to_channel_first, to_channel_last
+from .linear import get_linear
+from .norm import to_channel_first, to_channel_last
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
 from .ssm_init import reset_projection_, reset_ssd, ssd_parameters, x_proj_parameter
 

@@ -19,7 +19,7 @@ from ssm_ops import cross_merge, cross_scan, selective_scan, ss2d_scan
 from .act import get_act
 from .conv2d import Conv2d
 from .forward_type import parse_xv
-from .norm import get_linear
+from .linear import get_linear
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
 from .ssm_init import reset_ssm, ssm_parameters
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .conv2d import Conv2d
-from .norm import get_linear, get_norm, is_channel_first, to_channel_first, to_channel_last
+from .linear import get_linear
+from .norm import get_norm, is_channel_first, to_channel_first, to_channel_last
 
 STEMS = ("v1", "v2")
 DOWNSAMPLES = ("v1", "v2", "v3", "none")

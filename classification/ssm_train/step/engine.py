@@ -100,10 +100,10 @@ def take_update(
     """Clip, step, average; or skip, on all ranks together.
 
     `losses` of this rank, scalars; `stop`: this rank was asked to stop. What is shared is so in one exchange, and the
-    host waits for the device once (and for the scale of fp16, where there is one). A loss
-    or gradient that is not finite on any rank skips the update on all: gradients are averaged, so one spoils all. Then
-    neither the weights, nor the averages, nor the learning rate move, and running statistics go back to `statistics`,
-    a copy from before the forward passes.
+    host waits for the device once, because the learning rate, the data of a roll-back and a stop hang on the answer.
+    A loss or gradient that is not finite on any rank skips the update on all: gradients are averaged, so one spoils
+    all. Then neither the weights, nor the averages, nor the learning rate move, and running statistics go back to
+    `statistics`, a copy from before the forward passes.
     """
     run.scaler.unscale_(run.optimizer)
     total = nn.utils.get_total_norm([p.grad for p in run.trained if p.grad is not None])
@@ -113,12 +113,15 @@ def take_update(
     bad = ~torch.stack(losses).isfinite().all()
     (norm,), (bad, stops) = world.read_with_sums(norm[None], torch.stack([bad, torch.full_like(bad, stop)]))
     made = not bad and math.isfinite(norm)
+    overflow = False
     if made:
         run.scaler.step(run.optimizer)
-    scale = run.scaler.get_scale()
-    run.scaler.update()
-    # at a scale of 1 there is nothing left to lower
-    overflow = not bad and not made and 1 < scale > run.scaler.get_scale()
+        run.scaler.update()
+    else:
+        scale = run.scaler.get_scale()  # waits for the device, where fp16 has a scale
+        run.scaler.update()
+        # at a scale of 1 there is nothing left to lower
+        overflow = not bad and 1 < scale > run.scaler.get_scale()
     run.optimizer.zero_grad(set_to_none=True)
     if made:
         run.updates += 1

@@ -61,7 +61,7 @@ def validate(
                     logits = model(images).float()
                 hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
                 loss = F.cross_entropy(logits, targets, reduction="sum")
-                sums[name] += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_tensor(len(targets))])
+                sums[name] += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(targets))])
     if world.sum([bool(stop)])[0]:
         raise Interrupted
     bad.share()

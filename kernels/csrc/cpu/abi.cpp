@@ -20,6 +20,8 @@ extern "C" SSM_EXPORT const Agreement* ssm_ops_abi() {
         {"StateMap", sizeof(StateMap)},
         {"ScanArguments", sizeof(ScanArguments)},
         {"ConvArguments", sizeof(ConvArguments)},
+        {"GateArguments", sizeof(GateArguments)},
+        {"NormArguments", sizeof(NormArguments)},
         {"CrossArguments", sizeof(CrossArguments)},
         {"Ss2dArguments", sizeof(Ss2dArguments)},
         {nullptr, 0},

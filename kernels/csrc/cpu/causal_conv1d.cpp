@@ -25,11 +25,29 @@ static void run(const ConvArguments& a, void (*block)(const ConvArguments&, int6
     for (int64_t i = 0; i < a.batch * blocks; i++) block(a, i / blocks, i % blocks);
 }
 
+// Channels-last tokens, forward: parts of the tokens of a sample are the tasks.
+static void run_tokens(const ConvArguments& a) {
+    constexpr int64_t group = 64, some = 32;
+    const int64_t padded = (a.dim + group - 1) / group * group;
+    std::vector<float> taps(a.taps * padded), bias(padded);
+    for (int64_t c = 0; c < a.dim; c++) {
+        for (int64_t j = 0; j < a.taps; j++) taps[j * padded + c] = a.weight[c * a.taps + (a.reverse ? a.taps - 1 - j : j)];
+        if (a.bias) bias[c] = a.bias[c];
+    }
+    const auto tokens = SSM_BEST(forward_tokens);
+    const int64_t parts = (a.length + some - 1) / some;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t i = 0; i < a.batch * parts; i++) {
+        const int64_t first = i % parts * some;
+        tokens(a, taps.data(), bias.data(), padded, i / parts, first, first + some < a.length ? first + some : a.length);
+    }
+}
+
 // What both directions read.
-static Check check(const ConvArguments& a) {
+static Check check(const ConvArguments& a, int64_t dtype) {
     Check c;
     c.that(a.taps >= 1 && a.threads >= 1, "there are %lld taps and %d threads", (long long)a.taps, a.threads);
-    check_map(c, "x", a.x, a.batch, a.dim, a.length);
+    check_map(c, "x", a.x, a.batch, a.dim, a.length, dtype);
     c.buffer("weight", a.weight, FLOAT32, a.dim * a.taps);
     c.optional("bias", a.bias, FLOAT32, a.dim);
     return c;
@@ -39,15 +57,18 @@ extern "C" {
 
 SSM_EXPORT const char* causal_conv1d_forward(const ConvArguments* arguments) {
     const ConvArguments& a = *arguments;
-    Check c = check(a);
-    c.buffer("out", a.out, FLOAT32, a.batch * a.dim * a.length);
-    if (!c.problem()) run(a, SSM_BEST(forward_block));
+    const bool tokens = a.channels_last && a.x.channel == 1 && a.x.repeat == 1;
+    const int64_t type = a.x.dtype;
+    Check c = check(a, tokens && (type == FLOAT16 || type == BFLOAT16) ? type : int64_t(FLOAT32));
+    c.buffer("out", a.out, type, a.batch * a.dim * a.length);
+    if (c.problem()) return c.problem();
+    tokens ? run_tokens(a) : run(a, SSM_BEST(forward_block));
     return c.problem();
 }
 
 SSM_EXPORT const char* causal_conv1d_backward(const ConvArguments* arguments) {
     const ConvArguments& a = *arguments;
-    Check c = check(a);
+    Check c = check(a, FLOAT32);
     check_map(c, "dout", a.dout, a.batch, a.dim, a.length);
     c.buffer("dx", a.dx, FLOAT32, a.batch * a.dim * a.length);
     c.buffer("dweight", a.dweight, FLOAT32, a.batch * a.dim * a.taps);

@@ -67,6 +67,8 @@ SSM_INLINE void store_result(const Args& a, float* to, const Block& k, int64_t s
         store_tile(to + (k.b * a.dim + k.first) * a.length + start, a.length, tile, k.lanes, static_cast<int>(count));
 }
 
+#include "causal_conv1d_rows.h"
+
 SSM_INLINE int64_t whole_groups(int64_t tokens) { return (tokens + SIDE - 1) / SIDE * SIDE; }
 
 static void forward_block(const Args& a, int64_t b, int64_t index) {

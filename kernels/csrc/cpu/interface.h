@@ -7,7 +7,7 @@
 
 #include "../buffers.h"
 
-constexpr int VERSION = 1;
+constexpr int VERSION = 2;
 constexpr int BLOCK = 16;       // channels side by side
 constexpr int CHUNK = 64;       // tokens between two saved states
 constexpr int MAX_STATE = 256;  // N
@@ -49,6 +49,24 @@ struct ConvArguments {
     int32_t silu, reverse, channels_last, threads;
 };
 
+// The convolution of channels-last tokens, forward, takes and gives float16 and bfloat16, too.
+
+struct GateArguments {
+    Buffer<void> y, out, dout, dy, dz;        // (rows, D), all of one dtype
+    const void* z;                            // (rows, D), z_row numbers from row to row
+    int64_t z_dtype, z_row, rows, dim;
+    float scale;
+    int32_t threads;
+};
+
+struct NormArguments {
+    Buffer<void> x, branch, sum, out;         // (rows, D), each of its own dtype; branch and sum may be absent
+    Buffer<const float> weight, bias;         // (D) or absent
+    int64_t rows, dim;
+    float eps;
+    int32_t rms, threads;
+};
+
 struct CrossArguments {
     void *map, *routes;                       // (B, 4 or 1, C, H, W) and (B, 4, C, L), of any strides, in elements, ...
     int64_t map_dtype, map_batch, map_route, map_stride[3];
@@ -66,15 +84,16 @@ struct Ss2dArguments {
     Buffer<const float> dt_weight, A, D, bias;  // (K, D, R), (K, D, N), (K, D), (K, D)
     Buffer<const int32_t> order;              // (K, L): the pixel at every place of a route
     Buffer<float> y, dx[MAX_MAPS];            // (B, L, D); routes that read the same map add to the same gradient
-    Buffer<float> states;                     // (S + 1, B, K, N, D), the last of which is left as it is
+    Buffer<float> states;                     // (S + 1, B, K, N, D), the last of which is left as it is; forward: or absent
     Buffer<float> dproj;                      // (parts, B, L, K, R + 2 N)
     Buffer<float> ddt_weight, dA, dD, dbias;  // (B, K, D, R), (B, K, D, N), (B, K, D), (B, K, D): the caller adds samples
     int64_t batch, dim, length, state, rank, parts, routes;
     int32_t threads;
 };
 
-inline void check_map(Check& c, const char* name, const Map& map, int64_t batch, int64_t dim, int64_t length) {
-    c.dtype(name, map.dtype, FLOAT32);
+inline void check_map(Check& c, const char* name, const Map& map, int64_t batch, int64_t dim, int64_t length,
+                      int64_t dtype = FLOAT32) {
+    c.dtype(name, map.dtype, dtype);
     c.that(map.repeat >= 1 && map.size[1] * map.repeat == dim, "%lld channels of %s are not shared by %lld evenly",
            (long long)map.size[1], name, (long long)dim);
     c.that(map.size[0] == batch && map.size[2] == length, "%s has %lld samples of %lld tokens, not %lld of %lld", name,

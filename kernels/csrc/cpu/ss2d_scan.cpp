@@ -23,7 +23,7 @@
 #include "for_each_target.h"
 
 // What both directions read.
-static Check check(const Ss2dArguments& a) {
+static Check check(const Ss2dArguments& a, bool backward) {
     Check c;
     c.that(a.routes >= 1 && a.routes <= MAX_MAPS, "there are %lld routes, not 1 to %d", (long long)a.routes, MAX_MAPS);
     c.that(a.dim % BLOCK == 0, "%lld channels are no multiple of %d", (long long)a.dim, BLOCK);
@@ -38,7 +38,7 @@ static Check check(const Ss2dArguments& a) {
     c.buffer("D", a.D, FLOAT32, channels);
     c.buffer("dt_bias", a.bias, FLOAT32, channels);
     c.buffer("order", a.order, INT32, a.routes * a.length);
-    c.buffer("states", a.states, FLOAT32, (chunks + 1) * a.batch * channels * a.state);
+    if (backward || a.states) c.buffer("states", a.states, FLOAT32, (chunks + 1) * a.batch * channels * a.state);
     return c;
 }
 
@@ -61,14 +61,14 @@ extern "C" {
 
 SSM_EXPORT const char* ss2d_scan_forward(const Ss2dArguments* arguments) {
     const Ss2dArguments& a = *arguments;
-    Check c = check(a);
+    Check c = check(a, false);
     c.buffer("y", a.y, FLOAT32, a.batch * a.length * a.dim);
     return c.problem() ? c.problem() : run(a, SSM_BEST(forward_part));
 }
 
 SSM_EXPORT const char* ss2d_scan_backward(const Ss2dArguments* arguments) {
     const Ss2dArguments& a = *arguments;
-    Check c = check(a);
+    Check c = check(a, true);
     if (c.problem()) return c.problem();
     const int64_t numbers = a.batch * a.length * a.dim, channels = a.batch * a.routes * a.dim;
     c.buffer("dy", a.dy, FLOAT32, numbers);

@@ -165,7 +165,7 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
             for (int64_t i = 0; i < p.blocks; i++) {
                 float* h = r.h + i * a.state * W;
                 const float* A = r.A + i * a.state * W;
-                for (int64_t n = 0; n < a.state; n++)
+                for (int64_t n = 0; a.states && n < a.state; n++)
                     store(state_row(a, p, chunk, route, n) + i * W, load(h + n * W));
                 load_block<false>(a, s, a.x[route] + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
                 const Lanes skip = load(r.skip + i * W);

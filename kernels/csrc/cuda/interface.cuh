@@ -11,7 +11,7 @@
 
 #include "../buffers.h"
 
-constexpr int VERSION = 2;
+constexpr int VERSION = 3;
 constexpr int MAX_STATE = 256;  // N
 constexpr int K = 8;            // tokens of a run
 constexpr int CHUNK = 64;       // tokens between saved states
@@ -39,7 +39,7 @@ struct ScanArguments {
     StateMap B, C;                     // (B, G, N, L)
     Buffer<const float> A, D, bias;    // (D, N), (D) or absent, (Dd) or absent
     Buffer<void> out;                  // (B, D, L)
-    Buffer<float> last, states;        // (B, D, N), (S + 1, B, G, N, E)
+    Buffer<float> last, states;        // (B, D, N), (S + 1, B, G, N, E): the forward may go without
     Buffer<void> du, ddelta, dz;       // (B, D, L); ddelta per channel of u
     Buffer<float> dA, dD, dbias;       // (B, D, N), (B, D), (B, D): the caller sums over the samples
     Buffer<float> dB, dC;              // (blocks of channels, B, G, N, L)

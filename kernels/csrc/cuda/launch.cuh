@@ -52,8 +52,11 @@ Check check_inputs(const ScanArguments& a, int most_threads, int64_t floats_of_w
     c.buffer("A", a.A, FLOAT32, a.dim * a.state);
     c.optional("D", a.D, FLOAT32, a.dim);
     c.optional("delta_bias", a.bias, FLOAT32, a.dim / a.repeat);
-    c.buffer("states", a.states, FLOAT32, ((a.length + CHUNK - 1) / CHUNK + 1) * a.batch * a.dim * a.state);
     return c;
+}
+
+inline void check_states(Check& c, const ScanArguments& a) {
+    c.buffer("states", a.states, FLOAT32, ((a.length + CHUNK - 1) / CHUNK + 1) * a.batch * a.dim * a.state);
 }
 
 // Null, or what went wrong.

@@ -10,11 +10,12 @@
 // many warps of few channels. u, delta, z and the results pass through registers once, in vectors of 16 bytes where
 // strides and L allow. B and C are read along time by all channels of a block, from the first-level cache but once.
 //
-// The forward keeps the state before every CHUNK tokens; the backward recomputes those in between. It writes only what
-// it owns: the gradients of B and C leave as one partial sum per block of channels and those of the parameters as one
-// per sample, for the caller to add in a fixed order. So the same call gives the same bits.
+// Where a backward follows, the forward keeps the state before every CHUNK tokens; the backward recomputes those in between,
+// and writes only what it owns: the gradients of B and C leave as one partial sum per block of channels and those of the
+// parameters as one per sample, for the caller to add in a fixed order. So the same call gives the same bits.
 //
 // Bytes per (channel, token), e those of an element, n channels of a block (32 where there are many, 16 with a gate):
+//   inference  3 e                            (+ e with z), + 2 N e / n from the second-level cache
 //   forward    3 e + 4 N / CHUNK              (+ e with z), + 2 N e / n from the second-level cache
 //   backward   5 e + 4 N / CHUNK + 8 N / n    (+ 2 e with z), + 2 N e / n from the second-level cache; u, delta, and
 //              with z also z and dout, are read once more at the end of a tile, from a cache
@@ -191,6 +192,27 @@ __device__ __forceinline__ int first_summed(int lane) {
         if (lane & s) first += held;
     }
     return first;
+}
+
+// Where the sum of token i of a tile lies in shared memory: the halves of a run change places in every other four runs, so
+// that lanes whose vectors are stored together do not meet in a bank.
+__device__ __forceinline__ int place_of_sum(int i) { return i ^ (i >> 3 & 4); }
+
+// The tokens that `sum_channels` has left to this lane, into the sums of a tile; `first` is the first of them.
+template <int R>
+__device__ __forceinline__ void store_sums(const Run& x, int first, float* sums) {
+    constexpr int HELD = K * R / 32;
+    static_assert(HELD == 2 || HELD == 8, "tokens of a lane make vectors");
+    alignas(16) float raw[HELD];
+#pragma unroll
+    for (int j = 0; j < HELD; j++) raw[j] = x[j];
+    if (HELD == 2) {
+        *reinterpret_cast<float2*>(sums + place_of_sum(first)) = *reinterpret_cast<const float2*>(raw);
+    } else {
+#pragma unroll
+        for (int j = 0; j < HELD; j += 4)
+            *reinterpret_cast<float4*>(sums + place_of_sum(first + j)) = *reinterpret_cast<const float4*>(raw + j);
+    }
 }
 
 // ---- places ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
     backward_kernel(const __grid_constant__ Args a) {
     constexpr int CHANNELS = 32 / R, TILE = R * K;
     constexpr int BATCH = SUMS / (2 * TILE);  // states whose sums over the channels are formed together
-    extern __shared__ float shared[];
+    extern __shared__ __align__(16) float shared[];
     const Place<R> k(a);
     const int N = int(a.state);
     const int length = int(a.length), group_dim = per_group(a);
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
                 float h = enter_forward<R>(p, q, first, k.run);
                 float w = enter_backward<R>(p, r, last, k.run);
 
-                float* to = sums + ((k.warp * 2 + slot) * BATCH + i) * 2 * TILE + k.run * K + first_summed<R>(k.lane);
+                float* const to = sums + ((k.warp * 2 + slot) * BATCH + i) * 2 * TILE;
+                const int first_token = k.run * K + first_summed<R>(k.lane);
                 Run shares;  // in the gradient of C, then of B
 #pragma unroll
                 for (int j = 0; j < K; j++) {
@@ -121,8 +122,7 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
                     if (GATED) y[j] += h * C[j];
                 }
                 sum_channels<R>(shares, k.lane);
-#pragma unroll
-                for (int j = 0; j < K / CHANNELS; j++) to[TILE + j] = shares[j];
+                store_sums<R>(shares, first_token, to + TILE);
 
                 float sum_A = 0.0f;
 #pragma unroll
@@ -141,15 +141,14 @@ __global__ void __launch_bounds__(GATED ? GATED_THREADS : BACKWARD_THREADS, GATE
                     dA[n] += sum_A;
                 }
                 sum_channels<R>(shares, k.lane);
-#pragma unroll
-                for (int j = 0; j < K / CHANNELS; j++) to[j] = shares[j];
+                store_sums<R>(shares, first_token, to);
             }
             // Also for the next tile, which overwrites `before` and begins with what lane 0 has written: after the barrier
             // of its last batch, this tile uses neither.
             __syncthreads();
             for (int i = threadIdx.x; i < count * 2 * TILE; i += blockDim.x) {
                 float sum = 0.0f;
-                for (int w = 0; w < a.warps; w++) sum += sums[(w * 2 + slot) * SUMS + i];
+                for (int w = 0; w < a.warps; w++) sum += sums[(w * 2 + slot) * SUMS + place_of_sum(i)];
                 const int at = start + i % TILE;
                 float* to = i / TILE % 2 ? a.dC : a.dB;
                 if (at < length) to[sum_rows + int64_t(first_n + i / (2 * TILE)) * a.length + at] = sum;
@@ -205,6 +204,7 @@ const char* backward(const Args& a) {
     Check c = check_inputs<T>(a, gated ? GATED_THREADS : BACKWARD_THREADS, floats);
     if (c.problem()) return c.problem();
     const int64_t sums = blocks_of_group(a) * a.batch * a.groups * a.state * a.length;
+    check_states(c, a);
     check_map(c, "dout", a.dout, a.wide ? FLOAT32 : DTYPE<T>, a, a.dim);
     c.buffer("du", a.du, DTYPE<T>, numbers);
     c.buffer("ddelta", a.ddelta, a.wide_delta ? FLOAT32 : DTYPE<T>, numbers);

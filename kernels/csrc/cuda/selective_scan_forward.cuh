@@ -9,7 +9,7 @@ namespace {
 // Shared memory: of every warp (N, 32 / R), FORWARD_ROWS times.
 __host__ __device__ constexpr int64_t forward_floats(int64_t state, int channels) { return FORWARD_ROWS * state * channels; }
 
-template <typename T, int R>
+template <typename T, int R, bool KEEPS>
 __global__ void __launch_bounds__(FORWARD_THREADS, 3) forward_kernel(const __grid_constant__ Args a) {
     constexpr int CHANNELS = 32 / R, TILE = R * K;
     extern __shared__ float shared[];
@@ -20,12 +20,12 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 3) forward_kernel(const __gri
 
     float* const A2 = shared + k.warp * forward_floats(N, CHANNELS) + k.slot;  // A log2(e); [n * CHANNELS]
     float* const carry = A2 + N * CHANNELS;                                     // the state before the tile
-    float* const states = saved(a, k);
+    float* const states = KEEPS ? saved(a, k) : nullptr;
 #pragma unroll 1
     for (int n = k.run; n < N; n += R) {
         A2[n * CHANNELS] = k.exists ? a.A[int64_t(k.channel) * N + n] * LOG2E : 0.0f;
         carry[n * CHANNELS] = 0.0f;
-        if (k.exists) states[int64_t(n) * group_dim] = 0.0f;
+        if (KEEPS && k.exists) states[int64_t(n) * group_dim] = 0.0f;
     }
     __syncwarp();
 
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 3) forward_kernel(const __gri
         const T *B_row = B_rows + t, *C_row = C_rows + t;
         const int chunk = t / CHUNK;
         const bool saves = k.exists && k.run % RUNS == RUNS - 1 && chunk * CHUNK < length;
-        float* save = states + (chunk + 1) * chunk_stride;
+        float* save = KEEPS ? states + (chunk + 1) * chunk_stride : nullptr;
 #pragma unroll 1
         for (int n = 0; n < N; n++) {
             Run B, C, decay;
@@ -78,8 +78,9 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 3) forward_kernel(const __gri
                 y[j] += h * C[j];
             }
             if (k.run == R - 1) carry[n * CHANNELS] = h;
-            if (saves) *save = h;
-            B_row += a.B.state, C_row += a.C.state, save += group_dim;
+            if (KEEPS && saves) *save = h;
+            B_row += a.B.state, C_row += a.C.state;
+            if (KEEPS) save += group_dim;
         }
         __syncwarp();  // the next tile begins with what the last lane has written
 
@@ -104,7 +105,10 @@ const char* forward(const Args& a) {
     Check c = check_inputs<T>(a, FORWARD_THREADS, forward_floats(a.state, 32 / R));
     c.buffer("out", a.out, a.wide ? FLOAT32 : DTYPE<T>, a.batch * a.dim * a.length);
     c.buffer("last", a.last, FLOAT32, a.batch * a.dim * a.state);
-    return c.problem() ? c.problem() : launch(forward_kernel<T, R>, a, forward_floats(a.state, 32 / R));
+    const bool keeps = a.states.dtype != ABSENT;  // for a backward
+    if (keeps) check_states(c, a);
+    if (c.problem()) return c.problem();
+    return launch(keeps ? forward_kernel<T, R, true> : forward_kernel<T, R, false>, a, forward_floats(a.state, 32 / R));
 }
 
 }  // namespace

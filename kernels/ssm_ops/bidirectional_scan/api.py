@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .._autograd import Differentiable
-from .._common import MAX_RANK, check_beside, check_floating, empty_gradient, state_dtype
-from .._image_scan import STATE_CHUNK
-from .._interface import MAX_STATE
+from .._common import MAX_RANK, TRITON_CHUNK, check_beside, check_floating, empty_gradient, state_dtype
+from .._interface import CPU_CHUNK, MAX_STATE
 from .._library import DEFAULT_IMPL, SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
 
@@ -43,7 +42,7 @@ def bidirectional_scan(
             the tokens for both directions. Dtype of x_forward, as x_backward.
         dt_weight: (S, D, R), as A (S*D, N), D (S*D,) and dt_bias (S*D,) in float32 (float64 where x_forward is).
         out_dtype: of the result; None is that of x_forward.
-        impl: "cpu" is the fused implementation; "reference", "triton" and "cuda" are compositions of that
+        impl: "cpu" and "triton" are fused implementations; "reference" and "cuda" are compositions of that
             implementation of `selective_scan` with reversed copies. "auto" takes the fused one where it is available,
             else the composition of the fastest scan.
 
@@ -63,11 +62,11 @@ def bidirectional_scan(
     _check(x_forward, x_backward, proj, dt_weight, A, D, dt_bias)
     out_dtype = out_dtype or x_forward.dtype
     chosen = DEFAULT_IMPL if impl == "auto" else impl
-    if chosen in ("auto", "cpu"):
+    if chosen not in ("reference", "cuda"):
         chosen = resolve(BIDIRECTIONAL_SCAN, impl, x_forward.device, x_forward.dtype)
-    if chosen != "cpu":
+    if chosen in ("reference", "cuda"):
         return reference.composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl)
-    return _SCAN.forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, chosen)[0]
+    return _SCAN.forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, False, chosen)[0]
 
 
 def _check(x_forward, x_backward, proj, dt_weight, A, D, dt_bias) -> None:
@@ -94,18 +93,25 @@ def _check(x_forward, x_backward, proj, dt_weight, A, D, dt_bias) -> None:
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-# `states` is what the backward needs besides the inputs: the float32 state before every chunk of `STATE_CHUNK` tokens
-# of a direction, (C + 1, B, S, N, D) with C = ceil(L / chunk); the last entry is not read. "reference" is a composition
-# of other operators, without these two.
+# `states` is what the backward needs besides the inputs: the float32 state before every chunk of `STATE_CHUNK[impl]`
+# tokens of a direction, (C + 1, B, S, N, D) with C = ceil(L / chunk); the last entry is not read. Without
+# `keep_states`, where no backward follows, it has no elements. "reference" is a composition of other operators, without
+# these two.
 
-BIDIRECTIONAL_SCAN = declare("bidirectional_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), reference=None)
+BIDIRECTIONAL_SCAN = declare(
+    "bidirectional_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None
+)
+
+STATE_CHUNK = {"cpu": CPU_CHUNK, "triton": TRITON_CHUNK}
+"""Tokens between two saved states, by implementation."""
 
 
-def _fake_fwd(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl):
+def _fake_fwd(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, keep_states, impl):
     batch, length, dim = x_forward.shape
-    n_chunks = (length + STATE_CHUNK - 1) // STATE_CHUNK
-    states = x_forward.new_empty((n_chunks + 1, batch, 2, A.shape[1], dim), dtype=torch.float32)
-    return torch.empty_like(x_forward, dtype=out_dtype, memory_format=torch.contiguous_format), states
+    n_chunks = (length + STATE_CHUNK[impl] - 1) // STATE_CHUNK[impl]
+    shape = (n_chunks + 1, batch, 2, A.shape[1], dim) if keep_states else (0,)
+    out = torch.empty_like(x_forward, dtype=out_dtype, memory_format=torch.contiguous_format)
+    return out, x_forward.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_bwd(dout, x_forward, x_backward, proj, dt_weight, A, D, dt_bias, states, impl):
@@ -116,7 +122,7 @@ def _fake_bwd(dout, x_forward, x_backward, proj, dt_weight, A, D, dt_bias, state
 bidirectional_scan_fwd = register(
     BIDIRECTIONAL_SCAN,
     "bidirectional_scan_fwd(Tensor x_forward, Tensor x_backward, Tensor proj, Tensor dt_weight, Tensor A, Tensor D, "
-    "Tensor dt_bias, ScalarType out_dtype, str impl) -> (Tensor out, Tensor states)",
+    "Tensor dt_bias, ScalarType out_dtype, bool keep_states, str impl) -> (Tensor out, Tensor states)",
     _fake_fwd,
     "forward",
 )

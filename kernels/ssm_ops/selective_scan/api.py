@@ -64,7 +64,7 @@ def selective_scan(
     """
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     _check(u, delta, A, B, C, D, delta_bias, z)
-    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype or u.dtype)
+    args = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype or u.dtype, False)
     if impl == "reference":
         out, last_state, _ = _SCAN.meaning(*args, impl)
     else:
@@ -108,6 +108,7 @@ def _check(u, delta, A, B, C, D, delta_bias, z) -> None:
 # `states` is what the backward needs besides the inputs: the fp32 (fp64 for fp64) state before every chunk of
 # `STATE_CHUNK[impl]` tokens and after the last, (S + 1, B, G, N, D/G) with S = ceil(L / chunk). The states in between
 # are recomputed. (With the last one a compiler need not tell one chunk from several, as size 1 is special to it.)
+# Without `keep_states`, where no backward follows, it has no elements.
 
 SELECTIVE_SCAN = declare(
     "selective_scan",
@@ -123,13 +124,18 @@ STATE_CHUNK = {"cuda": CUDA_CHUNK, "cpu": CPU_CHUNK, "triton": 128, "reference":
 """Tokens between two saved states, by implementation."""
 
 
-def _fake_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, impl):
+def states_shape(u: Tensor, B: Tensor, impl: str) -> tuple[int, ...]:
+    """Of `states`, where they are kept."""
+    chunk = STATE_CHUNK[impl]
     (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]
-    n_chunks = (length + STATE_CHUNK[impl] - 1) // STATE_CHUNK[impl]
-    out = u.new_empty((batch, dim, length), dtype=out_dtype)
-    last = u.new_empty((batch, dim, n_state), dtype=state_dtype(u.dtype))
-    states = u.new_empty((n_chunks + 1, batch, groups, n_state, dim // groups), dtype=state_dtype(u.dtype))
-    return out, last, states
+    return (length + chunk - 1) // chunk + 1, batch, groups, n_state, dim // groups
+
+
+def _fake_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, keep_states, impl):
+    out = u.new_empty(u.shape, dtype=out_dtype)
+    last = u.new_empty((*u.shape[:2], B.shape[2]), dtype=state_dtype(u.dtype))
+    shape = states_shape(u, B, impl) if keep_states else (0,)
+    return out, last, u.new_empty(shape, dtype=state_dtype(u.dtype))
 
 
 def _fake_bwd(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus, impl):
@@ -139,7 +145,7 @@ def _fake_bwd(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus,
 selective_scan_fwd = register(
     SELECTIVE_SCAN,
     "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? delta_bias, bool delta_softplus, ScalarType out_dtype, str impl) "
+    "Tensor? delta_bias, bool delta_softplus, ScalarType out_dtype, bool keep_states, str impl) "
     "-> (Tensor out, Tensor last_state, Tensor states)",
     _fake_fwd,
     "forward",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _image_scan
 from .._autograd import Differentiable
-from .._common import MAX_RANK, SCANS, check_beside, check_floating, empty_gradient, state_dtype
+from .._common import MAX_RANK, SCANS, TRITON_CHUNK, check_beside, check_floating, empty_gradient, state_dtype
 from .._interface import MAX_STATE
 from .._library import SINGLE_AND_HALF, declare, register, resolve
 from .impl import reference
@@ -63,7 +63,7 @@ def ss2d_scan(
     out_dtype = out_dtype or x.dtype
     if chosen == "reference":
         return reference.composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl)
-    return _SCAN.forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, chosen)[0]
+    return _SCAN.forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, False, chosen)[0]
 
 
 def _check(x, proj, dt_weight, A, D, dt_bias, scans) -> None:
@@ -91,20 +91,21 @@ def _check(x, proj, dt_weight, A, D, dt_bias, scans) -> None:
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 # `states` is what the backward needs besides the inputs: the float32 state before every chunk of `STATE_CHUNK[impl]`
-# pixels of a route, (S + 1, B, K, N, D) with S = ceil(H*W / chunk); the last entry is not read.
+# pixels of a route, (S + 1, B, K, N, D) with S = ceil(H*W / chunk); the last entry is not read. Without `keep_states`,
+# where no backward follows, it has no elements.
 # Out and dx have the strides of x if it is dense. "reference" is a composition of other operators, without these two.
 
 SS2D_SCAN = declare("ss2d_scan", __package__, SINGLE_AND_HALF, cpu=("cpu",), triton=("cuda",), reference=None)
 
-STATE_CHUNK = {"cpu": _image_scan.STATE_CHUNK, "triton": 64}
+STATE_CHUNK = {"cpu": _image_scan.STATE_CHUNK, "triton": TRITON_CHUNK}
 """Pixels of a route between two saved states, by implementation."""
 
 
-def _fake_fwd(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl):
+def _fake_fwd(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, keep_states, impl):
     batch, dim, height, width = x.shape
     n_chunks = (height * width + STATE_CHUNK[impl] - 1) // STATE_CHUNK[impl]
-    states = x.new_empty((n_chunks + 1, batch, 4, A.shape[1], dim), dtype=torch.float32)
-    return torch.empty_like(x, dtype=out_dtype), states
+    shape = (n_chunks + 1, batch, 4, A.shape[1], dim) if keep_states else (0,)
+    return torch.empty_like(x, dtype=out_dtype), x.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_bwd(dout, x, proj, dt_weight, A, D, dt_bias, states, scans, impl):
@@ -114,7 +115,7 @@ def _fake_bwd(dout, x, proj, dt_weight, A, D, dt_bias, states, scans, impl):
 ss2d_scan_fwd = register(
     SS2D_SCAN,
     "ss2d_scan_fwd(Tensor x, Tensor proj, Tensor dt_weight, Tensor A, Tensor D, Tensor dt_bias, str scans, "
-    "ScalarType out_dtype, str impl) -> (Tensor out, Tensor states)",
+    "ScalarType out_dtype, bool keep_states, str impl) -> (Tensor out, Tensor states)",
     _fake_fwd,
     "forward",
 )

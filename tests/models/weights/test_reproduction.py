@@ -4,7 +4,8 @@ import subprocess
 
 import pytest
 
-from analyze import modelcard
+from analyze.impl import modelcard
+from analyze.modelcard import main
 from ssm_train import cli
 from ssm_train.data.digits import write_digits
 
@@ -26,7 +27,7 @@ def card(monkeypatch, tmp_path, capsys):
     write_digits(tmp_path / "digits")
 
     def call(*arguments: str) -> tuple[int, str]:
-        status = modelcard.main([*arguments, "--data-path", str(tmp_path / "digits"), "--device", "cpu"])
+        status = main([*arguments, "--data-path", str(tmp_path / "digits"), "--device", "cpu"])
         said = capsys.readouterr()
         assert "error" not in said.err, said.err
         return status, said.out

@@ -26,9 +26,9 @@ def _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias) -> ImageScan:
     return ImageScan([x_forward, x_backward], proj, *parameters, _orders(length))
 
 
-def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype) -> tuple[Tensor, Tensor]:
+def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, keep_states) -> tuple[Tensor, Tensor]:
     """(out, states); shapes in api.py."""
-    y, states = _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias).forward()
+    y, states = _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias).forward(keep_states)
     return y.to(out_dtype).contiguous(), states
 
 

@@ -34,7 +34,7 @@ def composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype
     return (there + back.flip(2)).mT.to(out_dtype).contiguous()
 
 
-def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype) -> tuple[Tensor, Tensor]:
+def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, _keep_states) -> tuple[Tensor, Tensor]:
     """(out, states) in plain PyTorch, for derivatives; it has no states."""
     out = composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, "reference")
     return out, x_forward.new_empty(0)

@@ -1,4 +1,6 @@
-"""Causal convolution by the compiled CPU library (csrc/cpu/causal_conv1d.cpp). Half precision is converted around it.
+"""Causal convolution by the compiled CPU library (csrc/cpu/causal_conv1d.cpp).
+
+Half precision is converted around it, but in the forward of channels-last tokens, which takes it as it is.
 
 Shapes: B batch, D channels, L length, K taps.
 """
@@ -16,9 +18,10 @@ from ..api import is_channels_last, result_like
 def _run(direction: str, x, weight, bias, silu: bool, reverse: bool, dout=None, **results: Tensor) -> None:
     dim, taps = weight.shape
     # names, because copies must live until the call is over
-    x32, dout = x.float(), None if dout is None else dout.float()
+    native = direction == "forward" and is_channels_last(x)
+    given, dout = x if native else x.float(), None if dout is None else dout.float()
     parameters = [None if t is None else t.float().contiguous() for t in (weight, bias)]
-    a = ConvArguments(Map.of(x32, dim), Map.of(dout, dim), *map(Buffer.of, parameters))
+    a = ConvArguments(Map.of(given, dim), Map.of(dout, dim), *map(Buffer.of, parameters))
     for name, t in results.items():
         setattr(a, name, Buffer.of(t))
     a.batch, a.dim, a.length, a.taps = *x.shape, taps
@@ -33,7 +36,7 @@ def _memory(x: Tensor) -> Tensor:
 
 def forward(x, weight, bias, silu: bool, reverse: bool) -> Tensor:
     """As `reference.forward`."""
-    out = result_like(x, "cpu", torch.float32)
+    out = result_like(x, "cpu", x.dtype if is_channels_last(x) else torch.float32)
     _run("forward", x, weight, bias, silu, reverse, out=_memory(out))
     return out.to(x.dtype)
 

@@ -32,7 +32,7 @@ def _arguments(u, delta, A, B, C, D, z, bias, softplus, **buffers: Tensor) -> Sc
     return a
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, keep_states) -> tuple[Tensor, ...]:
     """As `reference.forward`."""
     (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]
     chunks = -(-length // STATE_CHUNK["cpu"])
@@ -41,7 +41,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> t
     states = u.new_empty((chunks + 1, batch, groups, n_state, dim // groups), dtype=torch.float32)
     a = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out=out, last=last, states=states)
     call("cpu", "selective_scan_forward", a)
-    return out.to(out_dtype), last, states
+    return out.to(out_dtype), last, states if keep_states else u.new_empty(0, dtype=states.dtype)
 
 
 def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) -> tuple[Tensor, ...]:

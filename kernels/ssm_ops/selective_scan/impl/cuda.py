@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..._common import check_states
 from ..._interface import (
     BACKWARD_ROWS,
     BACKWARD_THREADS,
@@ -23,32 +24,33 @@ from ..._interface import (
     CudaStateMap,
 )
 from ..._native import call
-from ..api import STATE_CHUNK
+from ..api import STATE_CHUNK, states_shape
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, keep_states) -> tuple[Tensor, ...]:
     """As `reference.forward`."""
     if delta.dtype != u.dtype:
         u, B, C, z = _widened(u, B, C, z)
     u, delta, B, C, z = (_time_contiguous(x) for x in (u, delta, B, C, z))
     A, D, delta_bias = (None if x is None else x.contiguous() for x in (A, D, delta_bias))
-    (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]
-    chunks = -(-length // STATE_CHUNK["cuda"])
+    (batch, dim, _), (groups, n_state) = u.shape, B.shape[1:3]
     out = u.new_empty(u.shape, dtype=out_dtype if out_dtype in (u.dtype, torch.float32) else torch.float32)
     last = u.new_empty((batch, dim, n_state), dtype=torch.float32)
-    states = u.new_empty((chunks + 1, batch, groups, n_state, dim // groups), dtype=torch.float32)
+    shape = states_shape(u, B, "cuda") if keep_states else (0,)
+    states = u.new_empty(shape, dtype=torch.float32)
     lanes, warps = _plan(u, groups, FORWARD_THREADS, lambda channels: FORWARD_ROWS * n_state * channels)
     _launch(
         "forward",
         *(u, delta, z, None, B, C, A, D, delta_bias, delta_softplus, lanes, warps),
         *(out.dtype != u.dtype, False),
-        {"out": out, "last": last, "states": states},
+        {"out": out, "last": last} | ({"states": states} if keep_states else {}),
     )
     return out.to(out_dtype), last, states
 
 
 def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) -> tuple[Tensor, ...]:
     """As `reference.backward`."""
+    check_states("selective_scan", states, states_shape(u, B, "cuda"))
     if delta.dtype != u.dtype:
         given = (u, delta, A, B, C, D, z, delta_bias)
         u, B, C, z = _widened(u, B, C, z)

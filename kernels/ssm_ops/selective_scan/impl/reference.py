@@ -137,8 +137,9 @@ def _to_input_layout(chunks: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat(chunks).flatten(2).permute(1, 2, 0).to(dtype).contiguous()
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, D, L), last state (B, D, N), the state before every chunk and after the last (S + 1, B, G, N, E))"""
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, keep_states) -> tuple[Tensor, ...]:
+    """(out (B, D, L), last state (B, D, N), the state before every chunk and after the last (S + 1, B, G, N, E), which
+    has no elements without `keep_states`)"""
     c = _Chunks(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     state = c.zero_state()
     out, states = [], []
@@ -152,7 +153,8 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> t
         out.append(y)
         state = h[-1]
     last = state.transpose(2, 3).reshape(c.batch, c.dim, c.n_state).clone()
-    return _to_input_layout(out, out_dtype), last, torch.stack([*states, state])
+    kept = torch.stack([*states, state]) if keep_states else state.new_empty(0)
+    return _to_input_layout(out, out_dtype), last, kept
 
 
 def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) -> tuple[Tensor, ...]:

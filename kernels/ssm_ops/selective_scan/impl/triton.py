@@ -6,9 +6,9 @@ of a channel. The K tokens of a run are visited one after the other, as in the d
 (BD, R), is scanned across threads. Backward in time this costs the same as forward, which
 ``tl.associative_scan(reverse=True)`` does not: that turns every tile around with shuffles, twice.
 
-The forward keeps the state before every tile and the backward recomputes the states in between. A program writes only
-what it owns: the gradients of B and C leave as one partial sum per block of channels, and those of the parameters as
-one per sample, to be added up in a fixed order. So the same call gives the same bits.
+Where a backward follows, the forward keeps the state before every tile, and the backward recomputes those in between. A
+program writes only what it owns: the gradients of B and C leave as one partial sum per block of channels, and those of
+the parameters as one per sample, to be added up in a fixed order. So the same call gives the same bits.
 
 Shapes: B batch, G groups, E = D / G channels of a group, D channels, Dd channels of delta, N state, L tokens;
 of a program: BD channels, BT tokens of a tile, R = BT / K runs of a tile, BN = N rounded up to a power of 2.
@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._common import check_states
 from ..._triton import LOG2E, join_runs, split_runs, step_size
-from ..api import STATE_CHUNK
+from ..api import STATE_CHUNK, states_shape
 
 # ---- scans of one tile ----------------------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ def selective_scan_fwd_kernel(
     delta_bias,  # (Dd,) or None
     out,  # (B, D, L)
     last,  # (B, D, N)
-    states,  # (S + 1, B, G, N, E)
+    states,  # (S + 1, B, G, N, E) or None
     u_b,
     u_d,
     delta_b,
@@ -180,12 +181,13 @@ def selective_scan_fwd_kernel(
     p_out = rows(out, i_b * G * E, o_d, L, L, VEC)
     p_B = B + i_b * multiple(B_b, VEC) + i_g * multiple(B_g, VEC)
     p_C = C + i_b * multiple(C_b, VEC) + i_g * multiple(C_g, VEC)
-    p_state = states + (i_b * G + i_g) * N * E + o_e
     if z is not None:
         p_z = rows(z, i_b, o_d, z_b, z_d, VEC)
 
     b_state = tl.zeros((BD, BN), tl.float32)
-    tl.store(p_state[:, None] + o_n * E, b_state, mask=m_dn)
+    if states is not None:
+        p_state = states + (i_b * G + i_g) * N * E + o_e
+        tl.store(p_state[:, None] + o_n * E, b_state, mask=m_dn)
     for i_t in tl.range(0, tl.cdiv(L, BT), num_stages=STAGES):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < L
@@ -200,7 +202,8 @@ def selective_scan_fwd_kernel(
         if D is not None:
             b_y += tl.load(D + o_d, mask=m_d, other=0.0)[:, None] * b_u
 
-        p_state += state_s
+        if states is not None:
+            p_state += state_s
         for n in range(N):
             b_A = tl.load(A + o_d * N + n, mask=m_d, other=0.0)
             b_B = tl.load(p_B + n * multiple(B_n, VEC).to(tl.int64) + o_t, mask=m_t, other=0.0).to(tl.float32)
@@ -209,7 +212,8 @@ def selective_scan_fwd_kernel(
             b_h, b_last = scan_forward(b_a, b_dtu * b_B[None, :], column(b_state, o_n, n), LOG_K, LOG_R)
             b_y += b_h * b_C[None, :]
             b_state = tl.where(o_n == n, b_last[:, None], b_state)
-            tl.store(p_state + n * E, b_last, mask=m_d)
+            if states is not None:
+                tl.store(p_state + n * E, b_last, mask=m_d)
 
         if z is not None:
             b_z = tl.load(p_z + o_t, mask=m_tile, other=0.0).to(tl.float32)
@@ -365,19 +369,19 @@ MANY_PROGRAMS = 512
 """So many programs keep a large GPU busy, about four per multiprocessor; blocks of channels shrink to reach it."""
 
 
-def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(out (B, D, L), last state (B, D, N), the state before every tile and after the last (S + 1, B, G, N, E))"""
+def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype, keep_states) -> tuple[Tensor, ...]:
+    """(out (B, D, L), last state (B, D, N), the state before every tile and after the last (S + 1, B, G, N, E), which
+    has no elements without `keep_states`)"""
     u, delta, B, C, z = (_time_contiguous(x) for x in (u, delta, B, C, z))
     A, D, delta_bias = (None if x is None else x.contiguous() for x in (A, D, delta_bias))
     (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]
-    n_tiles = triton.cdiv(length, STATE_CHUNK["triton"])
     out = u.new_empty(u.shape, dtype=out_dtype)
     last = u.new_empty((batch, dim, n_state), dtype=torch.float32)
-    states = u.new_empty((n_tiles + 1, batch, groups, n_state, dim // groups), dtype=torch.float32)
+    states = u.new_empty(states_shape(u, B, "triton") if keep_states else (0,), dtype=torch.float32)
     grid, blocks = _plan(u, groups, n_state, _vector_width([u, delta, B, C, z]), max_warps=1)
     with torch.cuda.device_of(u):
         selective_scan_fwd_kernel[grid](
-            *(u, delta, A, B, C, D, z, delta_bias, out, last, states),
+            *(u, delta, A, B, C, D, z, delta_bias, out, last, states if keep_states else None),
             *_strides(u, delta, z, B, C),
             *(states.stride(0), length, groups, dim // groups, dim // delta.shape[1]),
             N=n_state,
@@ -390,6 +394,7 @@ def forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out_dtype) -> t
 
 def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) -> tuple[Tensor, ...]:
     """Gradients of (u, delta, A, B, C, D, z, delta_bias); absent ones as tensors without elements."""
+    check_states("selective_scan", states, states_shape(u, B, "triton"))
     dout, u, delta, B, C, z = (_time_contiguous(x) for x in (dout, u, delta, B, C, z))
     A, D, delta_bias = (None if x is None else x.contiguous() for x in (A, D, delta_bias))
     (batch, dim, length), (groups, n_state) = u.shape, B.shape[1:3]

@@ -36,9 +36,9 @@ def _scan(x, proj, dt_weight, A, D, dt_bias, scans) -> ImageScan:
     return ImageScan([_tokens(x)], proj.flatten(1, 2), *parameters, _orders(*x.shape[2:], scans))
 
 
-def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor, Tensor]:
+def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, keep_states) -> tuple[Tensor, Tensor]:
     """(out, states); shapes in api.py."""
-    y, states = _scan(x, proj, dt_weight, A, D, dt_bias, scans).forward()
+    y, states = _scan(x, proj, dt_weight, A, D, dt_bias, scans).forward(keep_states)
     return _like(y.to(out_dtype), x), states
 
 

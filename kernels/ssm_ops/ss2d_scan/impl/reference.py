@@ -39,6 +39,6 @@ def composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, impl) -> Te
     return y.to(out_dtype)
 
 
-def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype) -> tuple[Tensor, Tensor]:
+def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, _keep_states) -> tuple[Tensor, Tensor]:
     """(out, states) in plain PyTorch, for derivatives; it has no states."""
     return composition(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, "reference"), x.new_empty(0)

@@ -1,11 +1,11 @@
-"""What the kernels of triton_kernels.py are made of: places on routes, tiles in runs, and how runs are composed."""
+"""What _triton_route_kernels.py is made of: places on routes, tiles in runs, and how runs are composed."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ..._triton import split_runs
+from ._triton import split_runs
 
 # ---- routes ---------------------------------------------------------------------------------------------------------
 
@@ -19,9 +19,21 @@ def place(dim, ways, BD: tl.constexpr):
 
 
 @triton.jit
-def route(i):
-    """Route number i as programs walk them, 0 2 1 3: where one ends the next one starts, in the cache."""
-    return i % 2 * 2 + i // 2
+def route(i, ROUTES: tl.constexpr):
+    """Route number i as programs walk them, of four 0 2 1 3: where one ends the next one starts, in the cache."""
+    return i % 2 * (ROUTES // 2) + i // 2
+
+
+@triton.jit
+def pixels_at(p_pixel, i_k, o_l, L, OFFSET: tl.constexpr):
+    """The pixels at places o_l of route i_k, that of the last one past its end: from its table, or where there is none
+    those of a sequence, forwards on route 0 and backwards on route 1."""
+    if p_pixel is None:
+        o_l = tl.minimum(o_l, L - 1)
+        o_p = tl.where(i_k == 1, L - 1 - o_l, o_l)
+    else:
+        o_p = tl.load(p_pixel + o_l)
+    return o_p.to(OFFSET)
 
 
 # ---- a tile in runs -------------------------------------------------------------------------------------------------
@@ -61,6 +73,13 @@ def from_runs(parts, BD: tl.constexpr, LOG_K: tl.constexpr, LOG_R: tl.constexpr)
 
 
 @triton.jit
+def store_tokens(p, parts, at, dim, o_rc, o_l, L, m_rc, LOG_K: tl.constexpr):
+    """K tiles (C,) to a map; what lies past the end of the route is left out."""
+    for j in tl.static_range(1 << LOG_K):
+        tl.store(p + at[j] * dim + o_rc, parts[j].to(p.dtype.element_ty), mask=m_rc & (o_l + j < L))
+
+
+@triton.jit
 def add_to_map(out, sums, parts, at, dim, o_rc, o_l, L, m_rc, i, n_routes, LOG_K: tl.constexpr):
     """Add the tile to what the routes before number i have left in sums; the last one of n_routes writes to out."""
     m_sums = m_rc & (i > 0)
@@ -68,9 +87,7 @@ def add_to_map(out, sums, parts, at, dim, o_rc, o_l, L, m_rc, i, n_routes, LOG_K
     for j in tl.static_range(1 << LOG_K):
         totals = totals + (parts[j] + tl.load(sums + at[j] * dim + o_rc, mask=m_sums, other=0.0),)
     if i == n_routes - 1:
-        for j in tl.static_range(1 << LOG_K):
-            m_j = m_rc & (o_l + j < L)
-            tl.store(out + at[j] * dim + o_rc, totals[j].to(out.dtype.element_ty), mask=m_j)
+        store_tokens(out, totals, at, dim, o_rc, o_l, L, m_rc, LOG_K)
     else:
         for j in tl.static_range(1 << LOG_K):
             tl.store(sums + at[j] * dim + o_rc, totals[j], mask=m_rc & (o_l + j < L))
@@ -112,10 +129,35 @@ def carry(b_p, b_q, b_in, BD: tl.constexpr, LOG_R: tl.constexpr, REVERSE: tl.con
 
 
 @triton.jit
-def sum_channels(b_x, BD: tl.constexpr, LOG_R: tl.constexpr):
-    """The sum over the channels of a run, at all of them: (C,) -> (C,)"""
-    b_sum = tl.sum(tl.reshape(b_x, (1 << LOG_R, BD)), 1)
-    return tl.reshape(tl.broadcast_to(b_sum[:, None], (1 << LOG_R, BD)), b_x.shape)
+def exchange(b_x, b_y, o_c, o_other):
+    """Between channel c and another one, along axis 1: the lower one gets their sum of x, the upper one that of y."""
+    m_upper = o_c > o_other
+    b_sent = tl.where(m_upper, b_x, b_y)
+    return tl.where(m_upper, b_y, b_x) + tl.gather(b_sent, o_other, 1)
+
+
+@triton.jit
+def sum_channels(parts, BD: tl.constexpr, LOG_K: tl.constexpr, LOG_R: tl.constexpr):
+    """Sums over the channels of a run, of K tiles (C,) in one (C,): channel c of it has that of token c // (BD / K).
+
+    An exchange between two lanes halves the tokens that a lane still holds, so that K sums cost little more than one.
+    """
+    R: tl.constexpr = 1 << LOG_R
+    o_c = tl.broadcast_to(tl.arange(0, BD)[None, :], (R, BD))
+    held = ()
+    for j in tl.static_range(1 << LOG_K):
+        held = held + (tl.reshape(parts[j], (R, BD)),)
+    for i in tl.static_range(LOG_K):
+        o_other = o_c ^ (BD >> (i + 1))
+        kept = ()
+        for j in tl.static_range(1 << (LOG_K - 1 - i)):
+            kept = kept + (exchange(held[j], held[j + (1 << (LOG_K - 1 - i))], o_c, o_other),)
+        held = kept
+    b_sum = held[0]
+    for i in tl.static_range(LOG_K, 5):
+        if BD >> (i + 1) > 0:
+            b_sum += tl.gather(b_sum, o_c ^ (BD >> (i + 1)), 1)
+    return tl.reshape(b_sum, (R * BD,))
 
 
 # ---- step sizes -----------------------------------------------------------------------------------------------------

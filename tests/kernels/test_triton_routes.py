@@ -1,4 +1,5 @@
-"""The Triton kernels of ss2d_scan without a GPU: their numbers under the interpreter, whether they compile for GPUs."""
+"""The Triton scans along routes, ss2d_scan and bidirectional_scan, without a GPU: their numbers under the interpreter,
+whether they compile for GPUs."""
 
 import importlib
 import os
@@ -10,16 +11,19 @@ triton = pytest.importorskip("triton")
 from tests.kernels.common import passed_under_the_interpreter  # noqa: E402
 from tests.kernels.gpu_compiler import compile_for_gpu, stack_bytes  # noqa: E402
 
+ROUTES = importlib.import_module("ssm_ops._triton_routes")
 SS2D = importlib.import_module("ssm_ops.ss2d_scan.impl.triton")
-KERNELS = {"forward": SS2D.ss2d_scan_fwd_kernel, "backward": SS2D.ss2d_scan_bwd_kernel}
+KERNELS = {"forward": ROUTES.route_scan_fwd_kernel, "backward": ROUTES.route_scan_bwd_kernel}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-MAPS = {"x", "proj", "dout", "out", "dx"}
+MAPS = {"x", "x_other", "proj", "dout", "out", "dx", "dx_other"}
 FLOATS = {"dt_weight", "A", "D", "dt_bias", "sums", "states", "carried"}
 FLOATS |= {"dproj", "ddt_weight", "dA", "dD", "dbias"}
+ABSENT = {4: {"x_other", "dx_other"}, 2: {"pixels"}}
+"""By the number of routes: ss2d_scan has one map and a table, bidirectional_scan two maps."""
 
 
-ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_ss2d.py runs the same on the GPU")
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_*.py run the same on the GPU")
 # the larger maps in the other layout, half a minute for what smaller ones show
 LARGER = "against_the_composition and (vmamba_v2 or odd) and True"
 
@@ -27,8 +31,9 @@ LARGER = "against_the_composition and (vmamba_v2 or odd) and True"
 @ON_CPU
 def test_kernels_under_the_interpreter():
     """Every path in the kernels, in a process where they run on the CPU."""
+    files = ["triton_ss2d_cases.py", "triton_bidirectional_cases.py"]
     # the large map is 200 tiles, for minutes, of what a few show
-    assert passed_under_the_interpreter(["triton_ss2d_cases.py"], "triton and not large_map") >= 14
+    assert passed_under_the_interpreter(files, "triton and not large_map") >= 31
 
 
 @ON_CPU
@@ -45,39 +50,58 @@ def test_larger_maps_under_the_interpreter():
     assert passed_under_the_interpreter(["test_ss2d_scan.py"], f"triton and ({LARGER})") == 2
 
 
+@ON_CPU
+@pytest.mark.full
+@pytest.mark.parametrize(("chosen", "count"), [("not N16", 50), ("N16 and (L7 or L49)", 2)])
+def test_both_directions_under_the_interpreter(chosen, count):
+    """The tests of every implementation; 16 states of long sequences would take minutes."""
+    assert passed_under_the_interpreter(["test_bidirectional_scan.py"], f"triton and {chosen}") >= count
+
+
 # ---- compiled for a GPU, without one -------------------------------------------------------------------------------
 
 
-def plan(batch, dim, height, width, direction, n_state, rank, dtype):
+def plan(batch, length, dim, direction, n_state, rank, dtype, routes=4):
     """The constants of a kernel as a GPU gets them."""
 
     class OnGpu:
-        shape, is_cuda = (batch, dim, height, width), True
+        shape, is_cuda = (batch, length, dim), True
 
     OnGpu.dtype = dtype
-    return SS2D._plan(OnGpu, rank, n_state, direction)[2]
+    return ROUTES.plan(OnGpu, routes, rank, n_state, direction)[2]
 
 
-# dtype, state, rank, channels, capability
+# routes, dtype, state, rank, channels, capability
 COMPILED = [
-    ("bf16", 1, 6, 96, 90),
-    pytest.param("fp32", 1, 6, 16, 80, marks=pytest.mark.full),
-    pytest.param("fp16", 16, 48, 768, 90, marks=pytest.mark.full),
-    pytest.param("bf16", 1, 6, 96, 80, marks=pytest.mark.full),
-    pytest.param("bf16", 1, 6, 96, 100, marks=pytest.mark.full),
+    (4, "bf16", 1, 6, 96, 90),
+    (2, "bf16", 16, 12, 384, 90),
+    *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in [
+            (4, "fp32", 1, 6, 16, 80),
+            (4, "fp16", 16, 48, 768, 90),
+            (4, "bf16", 1, 6, 96, 80),
+            (4, "bf16", 1, 6, 96, 100),
+            (2, "fp16", 16, 12, 384, 80),
+            (2, "bf16", 16, 12, 384, 100),
+            (2, "fp32", 1, 24, 16, 90),
+        ]
+    ),
 ]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled under TRITON_INTERPRET=1")
 @pytest.mark.parametrize("direction", KERNELS)
-@pytest.mark.parametrize("dtype, n_state, rank, dim, capability", COMPILED)
-def test_kernels_compile(tmp_path, monkeypatch, direction, dtype, n_state, rank, dim, capability):
+@pytest.mark.parametrize("routes, dtype, n_state, rank, dim, capability", COMPILED)
+def test_kernels_compile(tmp_path, monkeypatch, direction, routes, dtype, n_state, rank, dim, capability):
     if "nvidia" not in triton.backends.backends:
         pytest.skip("this triton has no compiler for NVIDIA GPUs")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    constants = plan(128, dim, 56, 56, direction, n_state, rank, torch_dtype)
+    constants = plan(128, 56 * 56, dim, direction, n_state, rank, torch_dtype, routes)
     pointers = dict.fromkeys(MAPS, dtype) | dict.fromkeys(FLOATS, "fp32") | {"pixels": "i32"}
+    absent = ABSENT[routes] | ({"sums"} if (routes, direction) == (2, "backward") else set())
+    pointers = {n: None if n in absent else t for n, t in pointers.items() if n in KERNELS[direction].arg_names}
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg")}
     cubin = compile_for_gpu(KERNELS[direction], pointers, constants, capability=capability, **options)
     if n_state == 1:
@@ -90,12 +114,12 @@ def test_kernels_compile(tmp_path, monkeypatch, direction, dtype, n_state, rank,
 @pytest.mark.skipif(INTERPRETED, reason="kernels are not compiled under TRITON_INTERPRET=1")
 def test_sizes_do_not_make_new_versions_of_a_kernel():
     """A new version is made by a dtype, by a constant, or by an integer that is specialised on: here by none."""
-    for kernel in (*KERNELS.values(), SS2D.pixels_kernel):
+    for kernel, count in zip((*KERNELS.values(), SS2D.pixels_kernel), (6, 5, 5), strict=True):
         integers = [p for p in kernel.params if not p.is_constexpr and p.name not in MAPS | FLOATS | {"pixels"}]
-        assert len(integers) == 5 and all(p.do_not_specialize for p in integers)
+        assert len(integers) == count and all(p.do_not_specialize for p in integers)
     for direction in KERNELS:
         made = {
-            tuple(plan(b, dim, h, w, direction, 1, 12, torch.bfloat16).items())
+            tuple(plan(b, h * w, dim, direction, 1, 12, torch.bfloat16).items())
             for b, dim in ((1, 96), (3, 200), (128, 768))
             for h in (1, 7, 56, 200)
             for w in (7, 14, 336)

@@ -1,0 +1,119 @@
+"""Products and convolutions by oneDNN where no derivative is wanted: with an activation in the same pass, and by
+weights that were packed before.
+
+PyTorch links oneDNN and has it as operators for its compiler, `torch.ops.mkldnn`. Eager inference takes them here:
+an activation that is computed while a result is still in a register costs nothing, and weights that lie in oneDNN's
+own order (`pack_linear`, `pack_conv`) need not be brought into it by every call.
+
+Shapes: B batch, C channels in, O channels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.modules import module as nn_module
+
+from ssm_ops import runs_eagerly
+
+_AVAILABLE = torch.backends.mkldnn.is_available()
+_BFLOAT16 = _AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ACTS = {nn.GELU: "gelu", nn.SiLU: "swish", nn.ReLU: "relu", nn.Identity: "none"}
+
+
+def problem(dtype: torch.dtype) -> str | None:
+    """Why products in `dtype` cannot be oneDNN's, or None."""
+    if not _AVAILABLE:
+        return "this build of PyTorch has no oneDNN"
+    if dtype == torch.bfloat16 and not _BFLOAT16:
+        return "this processor has no instructions for bfloat16; take dtype=torch.float32"
+    return None
+
+
+def dtype_of_product(x: Tensor) -> torch.dtype:
+    """In which `x` is multiplied: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's operators may stand for PyTorch's: on the CPU, in float32 or bfloat16, where nobody wants a
+    derivative and nobody looks at the operators, as compilers, tracers and counters do."""
+    if x.device.type != "cpu" or not _AVAILABLE or not torch.backends.mkldnn.enabled:
+        return False
+    dtype = dtype_of_product(x)
+    if not (dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)):
+        return False
+    if dtype == x.dtype and weight.dtype != dtype and not torch.is_autocast_enabled("cpu"):
+        return False  # PyTorch has the right error for this
+    return runs_eagerly(x, weight)
+
+
+def unwatched(*modules: nn.Module) -> bool:
+    """Whether no hook waits for the results of `modules`, so that those between them need not exist."""
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def known_act(act: nn.Module) -> bool:
+    """Whether `act` can be computed behind a product."""
+    return type(act) in _ACTS
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: nn.Module | None = None) -> Tensor:
+    """act(x weight^T + bias), (..., C) -> (..., O), in the dtype of products; `weight` (O, C) or packed."""
+    dtype = dtype_of_product(x)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), _brought(weight, dtype), bias, *_attribute(act))
+
+
+Places = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Padding, stride, dilation and groups of a convolution, in oneDNN's order."""
+
+
+def places(conv: nn.Conv2d) -> Places:
+    return conv.padding, conv.stride, conv.dilation, conv.groups
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, places: Places, act: nn.Module | None = None) -> Tensor:
+    """act of the convolution, (B, C, H, W) -> (B, O, h, w) channels-last, in the dtype of products; `weight`
+    (O, C / groups, k, k) or packed."""
+    dtype = dtype_of_product(x)
+    bias = None if bias is None else bias.to(dtype)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._convolution_pointwise(x, _brought(weight, dtype), bias, *places, *_attribute(act))
+
+
+ROWS = 256
+"""Tokens that weights are packed for. Other numbers run as well: in measurements the time did not depend on it."""
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """(O, C) in oneDNN's order; a tensor that only `linear` can read."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+
+def pack_conv(weight: Tensor, places: Places, size: Sequence[int]) -> Tensor:
+    """(O, C / groups, k, k) in oneDNN's order for maps of `size` (B, C, H, W); a tensor that only `conv2d` can read."""
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *places, list(size))
+
+
+def refuse_derivatives(x: Tensor) -> None:
+    """Raises RuntimeError where x wants its gradient, which packed weights cannot give."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError("a model that was prepared for inference has no gradients; take the one it was made from")
+
+
+def _brought(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+def _attribute(act: nn.Module | None) -> tuple[str, list, str]:
+    """The activation as oneDNN's operators name it: name, numbers, algorithm."""
+    if act is None:
+        return "none", [], ""
+    return _ACTS[type(act)], [], act.approximate if isinstance(act, nn.GELU) else ""

@@ -1,0 +1,113 @@
+// Tensors of float32, float16 and bfloat16, read and written as sixteen floats. Included by the kernels for every
+// instruction set, after lanes.h.
+
+struct Float16 {
+    uint16_t bits;
+};
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+typedef uint32_t NativeUnsigned __attribute__((vector_size(4 * SSM_NATIVE)));
+typedef uint16_t NativeShorts __attribute__((vector_size(2 * SSM_NATIVE)));
+
+SSM_INLINE NativeUnsigned choose(NativeInts which, NativeUnsigned yes, NativeUnsigned no) {
+    return ((NativeUnsigned)which & yes) | (~(NativeUnsigned)which & no);
+}
+
+SSM_INLINE NativeUnsigned widen(const void* from, int part) {
+    NativeShorts x;
+    std::memcpy(&x, static_cast<const uint16_t*>(from) + part * NATIVE, sizeof(x));
+    return __builtin_convertvector(x, NativeUnsigned);
+}
+
+SSM_INLINE void narrow(void* to, int part, NativeUnsigned x) {
+    const NativeShorts y = __builtin_convertvector(x, NativeShorts);
+    std::memcpy(static_cast<uint16_t*>(to) + part * NATIVE, &y, sizeof(y));
+}
+
+SSM_INLINE Lanes load(const Bfloat16* from) {
+    Lanes x;
+    SSM_PARTS x.v[i] = (Native)(widen(from, i) << 16);
+    return x;
+}
+
+// Rounded to the nearest, ties to even; NaN stays one.
+SSM_INLINE void store(Bfloat16* to, Lanes x) {
+    SSM_PARTS {
+        const NativeUnsigned bits = (NativeUnsigned)x.v[i];
+        const NativeUnsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+        narrow(to, i, choose(x.v[i] == x.v[i], rounded, quiet));
+    }
+}
+
+SSM_INLINE Lanes load(const Float16* from) {
+    Lanes x;
+    SSM_PARTS {
+        const NativeUnsigned bits = widen(from, i), sign = (bits & 0x8000) << 16;
+        // the same exponent, 112 too small, also for what is below the normal numbers
+        const Native magnitude = (Native)((bits & 0x7fff) << 13) * 0x1p112f;
+        const NativeUnsigned finite = (NativeUnsigned)magnitude;
+        x.v[i] = (Native)(sign | choose((bits & 0x7fff) >= 0x7c00, finite | 0x7f800000, finite));
+    }
+    return x;
+}
+
+// Rounded to the nearest, ties to even; from 65520 on infinite; NaN stays one.
+SSM_INLINE void store(Float16* to, Lanes x) {
+    SSM_PARTS {
+        const NativeUnsigned bits = (NativeUnsigned)x.v[i], size = bits & 0x7fffffff;
+        const NativeUnsigned normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+        // below the normal numbers all lie 2^-24 apart, as floats from 1/2 to 1 do
+        const NativeUnsigned small = (NativeUnsigned)((Native)size + 0.5f) - 0x3f000000;
+        NativeUnsigned half = choose(size < 0x38800000, small, normal);
+        half = choose(size >= 0x477ff000, NativeUnsigned{} + 0x7c00, half);
+        half = choose(x.v[i] == x.v[i], half, NativeUnsigned{} + 0x7e00);
+        narrow(to, i, (bits >> 16 & 0x8000) | half);
+    }
+}
+
+// `count` elements, the other lanes 0; the first `count` lanes.
+template <typename E>
+SSM_INLINE Lanes load_some(const E* from, int64_t count) {
+    if (count >= W) return load(from);
+    alignas(64) E all[W] = {};
+    std::memcpy(all, from, sizeof(E) * count);
+    return load(all);
+}
+
+template <typename E>
+SSM_INLINE void store_some(E* to, Lanes x, int64_t count) {
+    if (count >= W) return store(to, x);
+    alignas(64) E all[W];
+    store(all, x);
+    std::memcpy(to, all, sizeof(E) * count);
+}
+
+// The same for SIDE vectors.
+template <typename E>
+SSM_INLINE Group load_group_some(const E* from, int64_t count) {
+    Group x;
+    SSM_EACH x.v[j] = count > j * W ? load_some(from + j * W, count - j * W) : Lanes{};
+    return x;
+}
+
+template <typename E>
+SSM_INLINE void store_some(E* to, const Group& x, int64_t count) {
+    SSM_EACH if (count > j * W) store_some(to + j * W, x.v[j], count - j * W);
+}
+
+// x / (1 + e^-x)
+SSM_INLINE Group silu(const Group& x) {
+    Group y = sigmoid(x, exp_minus_magnitude(x));
+    SSM_EACH y.v[j] = y.v[j] * x.v[j];
+    return y;
+}
+
+// Calls function with an element of the type that `dtype` says.
+template <typename Function>
+SSM_INLINE void with_element(int64_t dtype, Function function) {
+    if (dtype == FLOAT32) return function(float{});
+    if (dtype == FLOAT16) return function(Float16{});
+    function(Bfloat16{});
+}

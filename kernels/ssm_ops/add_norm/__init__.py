@@ -1,0 +1,3 @@
+from .api import add_norm
+
+__all__ = ["add_norm"]

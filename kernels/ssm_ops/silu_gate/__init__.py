@@ -1,0 +1,3 @@
+from .api import silu_gate
+
+__all__ = ["silu_gate"]
