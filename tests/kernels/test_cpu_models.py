@@ -1,0 +1,98 @@
+"""The table of whole models on a CPU: how it is made, and that kernels/README.md prints it."""
+
+import csv
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "kernels" / "benchmarks"
+TABLE = FOLDER / "results" / "cpu-2-cores" / "cpu-models.csv"
+DTYPES = ("float32", "bfloat16")
+CELLS = [("eager", 1), ("eager", 8), ("prepared", 1), ("prepared", 8), ("compiled", 1), ("training", 8)]
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    with open(table, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    names = ("cpu_models", "models", "timing", "output")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("cpu_models")
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_every_cell_compares_its_models_in_the_same_turns(script, tmp_path, monkeypatch):
+    options = ["--models", "vmamba_nano", "vim_nano", "--size", "32", "--turns", "1", "--ways", "prepared", "training"]
+    measured, times = [], importlib.import_module("timing").Times
+
+    def measure(runs, turns, device):
+        for run in runs.values():
+            run()
+        measured.append(list(runs))
+        return {name: times(*(3 * (0.5 + i,))) for i, name in enumerate(runs)}
+
+    monkeypatch.setattr(script, "measure", measure)
+    script.main([*options, "--out", str(tmp_path)])
+    rows = rows_of(tmp_path / "cpu-models.csv")
+    assert measured == [["vmamba_nano", "vim_nano"]] * 6  # prepared in two batches, training in one, two precisions
+    assert [row["ratio"] for row in rows] == ["1.000", "0.333"] * 6
+    assert {row["baseline"] for row in rows} == {"vmamba_nano"} and {row["cpu"] for row in rows} == {script.cpu_name()}
+    assert (tmp_path / "cpu-models.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_profile_adds_up_to_all_of_the_time(script, capsys):
+    script.main(["--profile", "vim_nano", "--size", "32", "--ways", "eager"])
+    tables = capsys.readouterr().out.split("vim_nano, eager, ")[1:]
+    for table, dtype in zip(tables, ("float32", "bfloat16"), strict=True):
+        assert table.startswith(f"{dtype}, batch 8")
+        parts = {line[:38].strip(): float(line[38:-2]) for line in table.splitlines()[1:]}
+        assert sum(parts.values()) == pytest.approx(100, abs=0.5)
+        assert parts["scans"] > 1 and parts["products and convolutions"] > 1 and parts["gate"] > 0
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("mkldnn::_linear_pointwise", "products and convolutions"),
+        ("aten::native_layer_norm_backward", "norms"),
+        ("ssm_ops::ss2d_scan_fwd", "scans"),
+        ("aten::gelu_backward", "activations"),
+        ("aten::copy_", "copies"),
+        ("aten::add_", "additions and products by element"),
+        ("aten::view", "the rest"),
+    ],
+)
+def test_kinds_of_operators(script, operator, kind):
+    assert script.kind_of(operator) == kind
+
+
+def test_readme_prints_the_committed_table():
+    """Per model and cell "float32 / bfloat16" (compiled: float32), rounded to two places, and the processor's name."""
+    readme = (FOLDER.parent / "README.md").read_text()
+    rows = rows_of(TABLE)
+    found = {(row["model"], row["way"], int(row["batch"]), row["dtype"]): float(row["ratio"]) for row in rows}
+    assert len({row["cpu"] for row in rows}) == 1 and rows[0]["cpu"] in readme
+    for model in dict.fromkeys(row["model"] for row in rows):
+        printed = re.search(rf"^\|(?: timm)? `{model}` \| (.*) \|$", readme, flags=re.MULTILINE)
+        cells = [cell.strip() for cell in printed[1].split("|")]
+        wanted = [
+            " / ".join(f"{found[cell]:.2f}" for dtype in DTYPES if (cell := (model, way, batch, dtype)) in found)
+            for way, batch in CELLS
+        ]
+        assert cells == wanted, model
+
+
+def test_a_wrong_model_is_named(script, tmp_path):
+    with pytest.raises(SystemExit, match="vmamba_nan is not in timm's registry"):
+        script.main(["--models", "vmamba_nan", "--turns", "1", "--out", str(tmp_path)])
+    assert torch.is_grad_enabled()
