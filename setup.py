@@ -3,9 +3,10 @@
 The libraries are installed always; in an editable install (`-e`) also the script packages of the checkout, so that
 scripts and tests find each other from any folder.
 
-SSM_OPS_BUILD=auto|none|cpu|cuda chooses what to compile. "auto" builds the CPU library, and the CUDA library (half a
-minute) where there are nvcc and a torch with CUDA, and installs without what fails; a name makes its failure an error,
-which shows the reason. Building needs no GPU: TORCH_CUDA_ARCH_LIST says for which ones; without it, ARCHITECTURES.
+SSM_OPS_BUILD=auto|none|cpu|cuda|onnxruntime chooses what to compile. "auto" builds the CPU library, that for ONNX
+Runtime, and the CUDA library (half a minute) where there are nvcc and a torch with CUDA, and installs without what
+fails; a name makes its failure an error, which shows the reason. Building needs no GPU: TORCH_CUDA_ARCH_LIST says for
+which ones; without it, ARCHITECTURES.
 """
 
 import os
@@ -27,7 +28,7 @@ LIBRARIES = {
     "ssm_mm": "classification",
 }
 SCRIPTS = ("detection", "segmentation", "analyze")
-BUILDS = ("auto", "none", "cpu", "cuda")
+BUILDS = ("auto", "none", "cpu", "cuda", "onnxruntime")
 SHARED_HEADERS = [Path("kernels/csrc/buffers.h")]
 ARCHITECTURES = ("80", "86", "89", "90", "100")
 
@@ -57,6 +58,22 @@ def cpu_extension() -> Extension:
         depends=sorted(map(str, [*folder.glob("*.h"), *SHARED_HEADERS])),
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
+        optional=build == "auto",
+    )
+
+
+def onnxruntime_extension() -> Extension:
+    """Operators of ONNX Runtime (its C API alone, from csrc/third_party) over the forward kernels of the CPU library,
+    on the threads of ONNX Runtime, so without OpenMP; loaded by ssm_ops/onnxruntime.py."""
+    folder, cpu = Path("kernels/csrc/onnxruntime"), cpu_extension()
+    kernels = [f"kernels/csrc/cpu/{name}.cpp" for name in ("causal_conv1d", "selective_scan", "ss2d_scan")]
+    linux = sys.platform == "linux"
+    return Extension(
+        "ssm_ops._onnxruntime",
+        sources=[*kernels, *sorted(map(str, folder.glob("*.cpp")))],
+        depends=[*cpu.depends, *sorted(map(str, folder.glob("*.h")))],
+        extra_compile_args=[flag for flag in cpu.extra_compile_args if flag != "-fopenmp"],
+        extra_link_args=["-Wl,-Bsymbolic"] if linux else [],  # its kernels, not those of the CPU library beside it
         optional=build == "auto",
     )
 
@@ -130,6 +147,7 @@ def wants_cuda() -> bool:
 
 
 extensions = [cpu_extension()] if build in ("auto", "cpu") else []
+extensions += [onnxruntime_extension()] if build in ("auto", "onnxruntime") else []
 extensions += [cuda_extension()] if build == "cuda" or (build == "auto" and wants_cuda()) else []
 
 setup(

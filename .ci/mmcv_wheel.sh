@@ -79,11 +79,13 @@ install_dense_environment() {
     wheel=$(mmcv_wheel)
     echo "installing the OpenMMLab packages"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$wheel" -r requirements-dense.txt
-    .venv/bin/python -m pip check
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+        "$(sed -n 's/^# without its dependencies: \([^ ]*\).*/\1/p' requirements-dense.txt)"
+    check_packages
     # opencv-python needs libraries of a desktop
     .venv/bin/python -c 'import cv2' 2>/dev/null || .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --force-reinstall --no-deps "$(grep -o '^opencv-python==[0-9.]*' requirements-dense.txt | sed 's/python/python-headless/')"
     # a wheel without operators imports, too; these are what Mask R-CNN needs
-    .venv/bin/python -c 'from mmcv.ops import nms, roi_align'
+    .venv/bin/python -c 'from mmcv.ops import nms, roi_align; import py_sod_metrics'
     echo "$key" >.venv/installed-dense
 }

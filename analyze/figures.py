@@ -5,6 +5,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
@@ -12,6 +13,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from analyze.inputs import check_writable, make_folder
 from ssm_train.common.errors import UserError
 from ssm_train.record.curves import COLORS
+
+VECTOR = (".svg", ".pdf")
+"""Written beside every PNG."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -40,14 +44,23 @@ def size_axis(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def check_png(out: Path) -> None:
-    """UserError for an --out that cannot be written, or is no .png: its name, with another ending, is that of the
-    numbers beside it."""
+    """UserError for an --out that cannot be written, or is no .png: its name, with other endings, is that of the
+    numbers and of the same picture beside it."""
     if out.suffix != ".png":
         raise UserError(f"--out {out} does not end in .png")
-    check_writable(out)
+    for suffix in (".png", *VECTOR):
+        check_writable(out.with_suffix(suffix))
 
 
-def save_figure(figure: Figure, out: Path) -> None:
+def save_png(figure: Figure, out: Path) -> None:
     """Write the picture, in a folder that is made if need be."""
     make_folder(out.parent)
     figure.savefig(out, dpi=150)
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write the picture as PNG, SVG and PDF. The same picture gives the same bytes: no dates, no random names."""
+    save_png(figure, out)
+    with rc_context({"svg.hashsalt": out.stem, "svg.fonttype": "none"}):
+        figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(out.with_suffix(".pdf"), metadata={"CreationDate": None})

@@ -1,6 +1,5 @@
 """Images as users name them: files, folders, the range of their values, and what cannot be read."""
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -66,6 +65,9 @@ class Readable:
         self.left_out: list[str] = []
         """Why, each with the name of the file."""
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
     @property
     def status(self) -> int:
         """Of a command that has gone on without what could not be read."""
@@ -110,12 +112,10 @@ def sample_images(decoder: Decoder = RGB) -> dict[str, Image.Image]:
     return {name: decoder.converted(Image.fromarray(pixels)) for name, pixels in zip(names, found.images, strict=True)}
 
 
-def add_range_argument(parser: argparse.ArgumentParser) -> None:
-    """--range, for `image_decoder`."""
-    parser.add_argument(
-        "--range",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="values of black and white in images of more than 8 bits (the run's DATA.RANGE)",
-    )
+def given_or_photographs(
+    paths: Sequence[Path] | None, decoder: Decoder
+) -> tuple[Readable, Iterator[tuple[str, Image.Image]]]:
+    """The files and folders of --images, and (name, image) of what can be read in them; without any, those of the two
+    photographs. Raises UserError."""
+    files = Readable(find_images(paths or []), decoder)
+    return files, iter(files) if paths else iter(sample_images(decoder).items())

@@ -4,7 +4,6 @@ image_files.py.
 Everything that a user can get wrong raises UserError.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,18 +67,40 @@ def load_model(
 
     `checkpoint`, `which` and `allow_nonfinite` are what `Pretrained` says. UserError also where it is of another model.
     """
+    check_weights(name, checkpoint)
     if checkpoint is None:
         return build_model(name)
-    check_model_name(name, "model")
     if not is_path(checkpoint):
-        published(checkpoint, "--checkpoint")
         return _loaded(build_model(name), Pretrained(checkpoint, which, allow_nonfinite=allow_nonfinite))
     cfg = run_config(checkpoint)
-    if cfg is not None and name != cfg.MODEL.NAME:
-        raise UserError(f"--checkpoint {checkpoint} is of the model {cfg.MODEL.NAME}, not of {name}")
     classes = _classes_in(weights_file(checkpoint), name) if cfg is None else cfg.MODEL.NUM_CLASSES
     model = build_model(name, classes, None if cfg is None else cfg.MODEL.KWARGS)
     return _loaded(model, Pretrained(checkpoint, which, allow_nonfinite=allow_nonfinite))
+
+
+def check_weights(name: str, checkpoint: Path | None) -> None:
+    """UserError for a model that is not there and for weights that are not, or not of that model, as far as that is
+    seen without reading them: for commands that load several, before they begin with the first."""
+    check_model_name(name, "model")
+    if checkpoint is None:
+        return
+    if not is_path(checkpoint):
+        published(checkpoint, "--checkpoint")
+        return
+    weights_file(checkpoint)
+    cfg = run_config(checkpoint)
+    if cfg is not None and name != cfg.MODEL.NAME:
+        raise UserError(f"--checkpoint {checkpoint} is of the model {cfg.MODEL.NAME}, not of {name}")
+
+
+def load_pretrained_timm(name: str) -> nn.Module:
+    """A registered model with the weights that timm downloads for it, in evaluation mode. UserError where it has none,
+    or they cannot be had."""
+    check_model_name(name, "model")
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except (RuntimeError, OSError) as error:  # none are published; huggingface_hub's and the network's are OSErrors
+        raise UserError(f"--pretrained: no weights of {name} to be had: {error}") from error
 
 
 def _loaded(model: nn.Module, weights: Pretrained) -> nn.Module:
@@ -101,6 +122,11 @@ def model_name(name: str | None, checkpoint: Path | None) -> str:
     if cfg is None:
         raise UserError("give --model NAME: only the checkpoints of runs of this repository know their model")
     return cfg.MODEL.NAME
+
+
+def knows_its_model(checkpoint: Path) -> bool:
+    """Is it a published name, or a checkpoint of ours, so that no --model is needed?"""
+    return not is_path(checkpoint) or run_config(checkpoint) is not None
 
 
 def run_config(checkpoint: Path | None) -> CN | None:
@@ -171,26 +197,6 @@ def evaluation_transform(name: str, checkpoint: Path | None, size: int | None = 
         cfg.defrost()
         cfg.DATA.IMG_SIZE = size
     return eval_transform(cfg)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --checkpoint and what goes with it, for `model_name` and `load_model`."""
-    parser.add_argument("--model", metavar="NAME", help="of timm's registry; runs of this repository know theirs")
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="P", help="run or checkpoint folder, .safetensors, .pth, or a published name"
-    )
-    add_weights_arguments(parser)
-
-
-def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    """--which and --allow-nonfinite, for `load_model`."""
-    parser.add_argument(
-        "--which",
-        choices=("auto", "model", "ema"),
-        default="auto",
-        help="plain or averaged weights (the better ones, or those that a name is published for)",
-    )
-    parser.add_argument("--allow-nonfinite", action="store_true", help="take weights with nan or infinity, too")
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:

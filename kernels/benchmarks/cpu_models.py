@@ -54,6 +54,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--dtypes", nargs="+", choices=[_name(d) for d in DTYPES], default=[_name(d) for d in DTYPES])
+    parser.add_argument("--batches", nargs="+", type=int, choices=(1, 8), default=[1, 8])
     parser.add_argument("--turns", type=int, default=10, help="per cell; the table has their median")
     parser.add_argument("--models", nargs="+", help="in place of the groups; the first is 1")
     parser.add_argument("--size", type=int, default=224)
@@ -61,6 +63,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     where.add_argument("--out", type=Path, help="folder of the table")
     where.add_argument("--profile", metavar="MODEL", help="print its time by group of operators instead")
     return parser.parse_args(argv)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def cpu_name() -> str:
@@ -98,7 +104,8 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str, torc
     groups = [tuple(args.models)] if args.models else [GROUPS[name] for name in args.groups]
     for names, way in itertools.product(groups, args.ways):
         for dtype, batch in itertools.product(DTYPES[:1] if way == "compiled" else DTYPES, BATCHES[way]):
-            yield names, way, dtype, batch
+            if _name(dtype) in args.dtypes and batch in args.batches:
+                yield names, way, dtype, batch
 
 
 def measure_cell(
@@ -111,7 +118,7 @@ def measure_cell(
         model = create(name, args.size, torch.device("cpu")).to(memory_format=torch.channels_last)
         runs[name] = runner(model, way, dtype, images)
     times = measure(runs, args.turns, torch.device("cpu"))
-    shared = (cpu_name(), torch.get_num_threads(), torch.__version__, way, str(dtype).removeprefix("torch."), batch)
+    shared = (cpu_name(), torch.get_num_threads(), torch.__version__, way, _name(dtype), batch)
     rows = []
     for name, t in times.items():
         ratio = times[names[0]].median / t.median
@@ -164,7 +171,7 @@ def print_profile(name: str, args: argparse.Namespace) -> None:
             kind = kind_of(event.key)
             sums[kind] = sums.get(kind, 0.0) + event.self_cpu_time_total
         total = sum(sums.values())
-        print(f"{name}, {way}, {str(dtype).removeprefix('torch.')}, batch 8")
+        print(f"{name}, {way}, {_name(dtype)}, batch 8")
         for kind, time in sorted(sums.items(), key=lambda item: -item[1]):
             print(f"  {kind:36} {100 * time / total:5.1f} %")
 

@@ -28,7 +28,13 @@ def get_flops(argv: list[str] | None) -> None:
     )
     args = parser.parse_args(argv)
     width, height = args.shape
-    print(dense_card(read_config(args.config), (height, width)))
+    cfg = read_config(args.config)
+    if cfg.model.type == "DualSAM":
+        from segmentation.dual_sam.cost import dual_card
+
+        print(dual_card(cfg, (height, width)))
+        return
+    print(dense_card(cfg, (height, width)))
 
 
 if __name__ == "__main__":

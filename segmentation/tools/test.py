@@ -1,4 +1,4 @@
-"""Evaluate a segmentor on the test data of a config: mIoU, with --tta over scales and flips.
+"""Evaluate a segmentor on the test data of a config: its metrics, with --tta over scales and flips.
 
 python segmentation/tools/test.py CONFIG CHECKPOINT [--tta] [--out FOLDER] [--show-dir DIR]
 """
@@ -14,7 +14,8 @@ from ssm_train.common.errors import UserError
 _TTA_MODEL = {"type": "SegTTAModel"}
 # of mmsegmentation's own configs
 _TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-_WRITERS = ("IoUMetric", "CityscapesMetric")
+_WRITERS = ("IoUMetric", "CityscapesMetric", "MarineMetric")
+_ANNOTATIONS = ("LoadAnnotations", "LoadBinaryMask")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,9 +57,9 @@ def scaled_and_mirrored(pipeline: list) -> list:
     from ssm_mm.config_parts import type_name
 
     types = [type_name(step) for step in pipeline]
-    annotations = [step for step, name in zip(pipeline, types, strict=True) if name == "LoadAnnotations"]
+    annotations = [step for step, name in zip(pipeline, types, strict=True) if name in _ANNOTATIONS]
     # the last step packs
-    steps = [step for step, name in zip(pipeline[:-1], types, strict=False) if name != "LoadAnnotations"]
+    steps = [step for step, name in zip(pipeline[:-1], types, strict=False) if name not in _ANNOTATIONS]
     if "Resize" not in types:
         steps.append({"type": "Resize", "scale_factor": 1.0, "keep_ratio": True})
     first = next(i for i, step in enumerate(steps) if type_name(step) == "Resize")
@@ -87,8 +88,10 @@ def write_maps(cfg, folder: str) -> None:
     if writer is None:
         names = ", ".join(map(type_name, found)) or "none"
         raise UserError(f"--out {folder}: maps are written by {' or '.join(_WRITERS)}; test_evaluator has {names}")
-    # CityscapesMetric would delete them
-    writer.update(output_dir=folder, keep_results=True)
+    writer.output_dir = folder
+    if type_name(writer) == "CityscapesMetric":
+        # which would delete them
+        writer.keep_results = True
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 import ssm_ops
-from analyze import attnmap, image_files
+from analyze import image_files
 from analyze.attention import MODES, Scan, recorded, sources
+from analyze.attnmap import main
+from analyze.impl import attnmap
 from ssm_models.layers.attention import Attention
 from ssm_models.layers.bimamba import BiMamba
 from ssm_models.layers.linear_nc_ssd import LinearNCSSD
@@ -323,7 +325,7 @@ def photo(tmp_path):
 def test_command(model, routes, photo, tmp_path, capsys):
     out = tmp_path / "deep" / "map.png"
     args = ["--model", model, "--image", str(photo), "--query", "49", "0", "--device", "cpu", "--out", str(out)]
-    assert attnmap.main(args) == 0
+    assert main(args) == 0
     assert capsys.readouterr().out.split() == [str(out), str(out.with_suffix(".npz"))]
     written = np.load(out.with_suffix(".npz"))
     assert written["query"].tolist() == [49, 0] and written["cell"].tolist() == [0, 11]
@@ -342,7 +344,7 @@ def test_command(model, routes, photo, tmp_path, capsys):
 def test_command_draws_softmax_and_other_sizes(photo, tmp_path):
     out = tmp_path / "map.png"
     args = ["--model", "vssd_nano", "--stage", "2", "--image", str(photo), "--size", "64", "--out", str(out)]
-    assert attnmap.main(args) == 0
+    assert main(args) == 0
     written = np.load(out.with_suffix(".npz"))
     assert written["softmax_a0"].shape == (4, 6) and math.isclose(written["softmax_a0"].sum(), 1, rel_tol=1e-5)
 
@@ -353,12 +355,12 @@ def test_checkpoints(photo, tmp_path, capsys):
     net, file, out = timm.create_model("vmamba_nano", num_classes=3).eval(), tmp_path / "net.pth", tmp_path / "map.png"
     torch.save({"model": net.state_dict()}, file)
     args = ["--image", str(photo), "--checkpoint", str(file), "--out", str(out)]
-    assert attnmap.main([*args, "--model", "vmamba_nano"]) == 0
+    assert main([*args, "--model", "vmamba_nano"]) == 0
     tensor = image_files.to_tensor(image_files.read_image(photo), "vmamba_nano", (32, 48))
     found = attnmap.attention_maps(net, tensor, (25.5 / 50, 17.5 / 34))
     assert np.array_equal(np.load(out.with_suffix(".npz"))["CB_all"], found.maps["CB"]["all"])
     capsys.readouterr()
-    assert attnmap.main([*args, "--model", "vim_nano"]) == 2
+    assert main([*args, "--model", "vim_nano"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -383,6 +385,7 @@ def test_checkpoints(photo, tmp_path, capsys):
 )
 def test_bad_input(args, message, photo, tmp_path, capsys):
     out = tmp_path / "map.png"
-    assert attnmap.main(["--image", str(photo), "--out", str(out), *args]) == 2
+    args = args if "--model" in args else ["--model", "vmamba_nano", *args]
+    assert main(["--image", str(photo), "--out", str(out), *args]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1 and not out.exists()

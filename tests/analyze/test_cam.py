@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import cam, image_files
-from analyze.inputs import build_model
+from analyze.cam import main
+from analyze.impl import cam
+from analyze.inputs import build_model, evaluation_transform
 from ssm_train.common.errors import UserError
 
 SIZE = (48, 32)
@@ -112,27 +113,43 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cam.inputs, "load_model", lambda name, checkpoint, which, allow_nonfinite: model)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30), dtype=np.uint8))
     image.save(tmp_path / "grey.png")
-    line = ["--model", "vssd_nano", "--images", str(tmp_path / "grey.png"), "--size", *map(str, SIZE)]
+    line = ["--model", "vssd_nano", "--images", str(tmp_path / "grey.png"), "--size", "48"]
     out = tmp_path / "deep" / "cam.png"
-    pixels = image_files.to_tensor(image.convert("RGB"), "vssd_nano", SIZE)
+    # as predict.py prepares it: the shorter side to the size by the model's crop_pct, then its centre
+    pixels = evaluation_transform("vssd_nano", None, 48)(image.convert("RGB"))[None]
     with torch.inference_mode():
         predicted = model(pixels).argmax().item()
     for more, target in (([], predicted), (["--class", "class 7"], 7), (["--class", "2"], 2)):
-        assert cam.main([*line, "--out", str(out), *more]) == 0
+        assert main([*line, "--out", str(out), *more]) == 0
         data = np.load(out.with_suffix(".npz"))
         assert data["classes"].tolist() == [target] and data["images"].tolist() == [str(tmp_path / "grey.png")]
         expected = cam.compute(model, cam.find_layer(model, None), pixels, target, "gradcam")
         for part, value in expected._asdict().items():
             np.testing.assert_allclose(data[f"0_gradcam_{part}"], value, rtol=1e-4, atol=1e-7)
-        assert data["0_eigencam_overlay"].shape == SIZE
+        assert data["0_eigencam_overlay"].shape == (48, 48)
     assert capsys.readouterr().out.endswith(f"{out}\n{out.with_suffix('.npz')}\n")
     for more, message in (
         (["--class", "10"], "--class 10 is neither the name of a class nor a number from 0 to 9"),
         (["--layer", "layers.7"], "--layer layers.7 is no module"),
         (["--out", "cam.jpg"], "--out cam.jpg does not end in .png"),
         (["--images", "nowhere"], "nowhere does not exist"),
-        (["--size", "1", "2", "3"], "--size 1 2 3 is not H or H W"),
+        (["--size", "0"], "--size 0 is not a number of pixels"),
     ):
-        assert cam.main([*line, *more]) == 2
+        assert main([*line, *more]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("count, columns", [(1, 1), (20, 3)])
+def test_a_sheet_is_a_grid(count, columns):
+    """Every image with its maps beside it, rows filled from left to right."""
+    maps = {method: cam.Cam(np.eye(4), np.eye(4), np.zeros(0)) for method in cam.METHODS}
+    images = [torch.full((1, 4, 4), number / count) for number in range(count)]
+    figure = cam.draw(images, [maps] * count, [f"image {number}" for number in range(count)], "title")
+    figure.draw_without_rendering()
+    drawn = [axes for axes in figure.axes if axes.images]
+    first = [axes for axes in drawn if axes.get_title(loc="left")]
+    assert len(drawn) == 3 * count + 1 * (drawn[-1].get_label() == "<colorbar>")
+    assert [axes.get_title(loc="left") for axes in first] == [f"image {number}" for number in range(count)]
+    assert [axes.images[0].get_array()[0, 0, 0] for axes in first] == pytest.approx([n / count for n in range(count)])
+    assert len({round(axes.get_position().x0, 4) for axes in first}) == columns

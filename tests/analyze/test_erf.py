@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import erf, image_files
+from analyze import image_files
+from analyze.erf import main
+from analyze.impl import erf
 from ssm_train.common.errors import UserError
 
 
@@ -128,7 +130,7 @@ def test_command(photos, tmp_path, capsys):
     file, out = tmp_path / "trained.pth", tmp_path / "deep" / "erf.png"
     torch.save({"model": trained.state_dict()}, file)
     args = ["--models", "vmamba_nano", "vssd_nano", "--checkpoints", "-", str(file), "--images", str(photos)]
-    assert erf.main([*args, "--size", "48", "--num", "9", "--device", "cpu", "--out", str(out)]) == 0
+    assert main([*args, "--size", "48", "--num", "9", "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     fields = np.load(out.with_suffix(".npz"))
     assert sorted(fields.files) == ["vmamba_nano", "vssd_nano", "vssd_nano_trained"]
@@ -155,7 +157,7 @@ def test_transformers_take_the_size(photos, tmp_path):
     """A ViT of 224 pixels is brought to another grid."""
     out = tmp_path / "erf.png"
     args = ["--models", "deit_tiny_patch16_224", "--images", str(photos), "--size", "64", "--num", "1"]
-    assert erf.main([*args, "--out", str(out)]) == 0
+    assert main([*args, "--out", str(out)]) == 0
     field = np.load(out.with_suffix(".npz"))["deit_tiny_patch16_224"]
     assert field.shape == (64, 64) and field[32:48, 32:48].sum() > 0.1 * field.sum() and (field > 0).mean() > 0.2
 
@@ -165,8 +167,8 @@ def test_transformers_take_the_size(photos, tmp_path):
     [
         (["--models", "vmamba_nono"], "vmamba_nano"),
         (["--models", "vim_nano", "vim_nano"], "twice"),
-        (["--checkpoints", "a", "b"], "2 for 3 models"),
-        (["--checkpoints", "-", "missing", "-"], "missing"),
+        (["--checkpoints", "a", "b"], "2 for 1 models"),
+        (["--models", "vim_nano", "vmamba_nano", "--checkpoints", "-", "missing"], "missing"),
         (["--models", "vim_nano", "--checkpoints", "vmamba.pth"], "vmamba.pth"),
         (["--models", "vim_nano", "--size", "3"], "3x3 pixels"),
         (["--size", "0"], "--size is 0"),
@@ -179,8 +181,78 @@ def test_bad_input(args, message, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": timm.create_model("vmamba_nano").state_dict()}, "vmamba.pth")
     args = args if "--images" in args else [*args, "--images", str(photos)]
+    args = args if "--models" in args else ["--models", "vmamba_nano", *args]
     args = args if "--size" in args else [*args, "--size", "32"]
-    assert erf.main(["--out", "erf.png", *args]) == 2
+    assert main(["--out", "erf.png", *args]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "erf.png").exists()
+
+
+# ---- weights ----
+
+
+def test_neutral_weights_open_closed_blocks():
+    """timm closes the blocks of a new ResNet and nearly closes ConvNeXt's: only the stem and downsampling are seen."""
+    image = torch.randn(1, 3, 96, 96)
+    for name in ("resnet10t", "convnext_atto_ols", "swinv2_cr_tiny_ns_224"):
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval()
+        before = erf.squares(erf.receptive_field(erf.features_of(model, name, 96), [image]), [0.99])[0].side
+        erf.make_neutral(model)
+        after = erf.squares(erf.receptive_field(erf.features_of(model, name, 96), [image]), [0.99])[0].side
+        assert after > before, (name, before, after)
+    ours = timm.create_model("vssd_nano").eval()
+    kept = {key: value.clone() for key, value in ours.state_dict().items()}
+    erf.make_neutral(ours)
+    assert all(torch.equal(value, kept[key]) for key, value in ours.state_dict().items())
+
+
+def test_missing_weights_are_found_before_the_work(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(erf, "receptive_field", lambda *_: pytest.fail("the work has begun"))
+    line = ["--images", str(photos), "--out", str(tmp_path / "erf.png"), "--model", "vmamba_nano", "vim_nano"]
+    for given, message in (
+        (["-", str(tmp_path / "none.pth")], "none.pth is neither a file"),
+        (["-", "vim_nano.published"], "vim_nano.published"),
+    ):
+        assert main([*line, "--checkpoint", *given]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_pretrained(photos, tmp_path, monkeypatch):
+    """timm's own weights, below the random ones, of every model without a checkpoint."""
+    asked, create = [], timm.create_model
+
+    def create_model(name, pretrained=False, **arguments):
+        asked.append((name, pretrained))
+        torch.manual_seed(9 if pretrained else 0)
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    out = tmp_path / "erf.png"
+    assert (
+        main(["--model", "resnet10t", "--pretrained", "--images", str(photos), "--size", "32", "--out", str(out)]) == 0
+    )
+    assert asked == [("resnet10t", False), ("resnet10t", True)]
+    weights = [row["weights"] for row in csv.DictReader(out.with_suffix(".csv").open())]
+    assert weights == ["random weights"] * 4 + ["pretrained"] * 4
+    fields = np.load(out.with_suffix(".npz"))
+    assert not np.allclose(fields["resnet10t"], fields["resnet10t_trained"], rtol=0.1, atol=0)
+
+
+def test_weights_that_cannot_be_had(photos, tmp_path, capsys):
+    line = ["--images", str(photos), "--size", "32", "--out", str(tmp_path / "erf.png")]
+    assert main([*line, "--model", "vmamba_nano", "--pretrained"]) == 2
+    assert "error: --pretrained: no weights of vmamba_nano to be had" in capsys.readouterr().err
+
+
+def test_preset(monkeypatch):
+    """Models and settings of the figure, each of which may be given otherwise."""
+    asked = []
+    monkeypatch.setattr("analyze.cli.start", lambda name, args: asked.append(args) or 0)
+    main(["--preset", "vmamba"])
+    main(["--preset", "vmamba", "--size", "224", "--model", "vim_nano"])
+    main([])
+    assert [(args.size, args.num) for args in asked] == [(1024, 50), (224, 50), (128, 50)]
+    assert asked[0].model[0] == "resnet50" and all(timm.is_model(name) for name in asked[0].model)
+    assert asked[1].model == ["vim_nano"] and asked[2].model is None

@@ -1,17 +1,22 @@
-"""Exported files compute what the model computes, at any batch size, or are not written."""
+"""Exported files compute what the model computes, at any batch size and any image size, or are not written."""
 
 import json
+from functools import partial
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
+from onnx import TensorProto
 from PIL import Image
-from timm.layers import set_exportable
 from torch import nn
 
 from analyze import export
+from analyze.exporting import files, graph, int8, onnx_file
+from analyze.impl import export as impl
+from ssm_train.common.decode import Decoder
 from ssm_train.common.errors import UserError
 
 SMALL = {
@@ -20,50 +25,126 @@ SMALL = {
     "vssd_nano": {"depths": (1, 1), "num_heads": (1, 2), "attn_types": ("mamba2", "standard"), "embed_dim": 8},
 }
 SMALL["vssd_nano_iccv2025"] = SMALL["vssd_nano"] | {"d_state": (4, 8)}
+SMALL["vanilla_vmamba_tiny"] = {"depths": (1, 1), "dims": 8}  # merges patches, of which a side may be odd
+SMALL["vmamba_tiny_m2"] = {"depths": (1,), "dims": 8, "ssm_d_state": 4}
 
 
-def make(name: str) -> tuple[nn.Module, nn.Module]:
-    """A shrunken model as users run it, and the same made for export."""
-    eager = timm.create_model(name, num_classes=5, **SMALL[name]).eval()
-    with set_exportable(True):
-        plain = timm.create_model(name, num_classes=5, **SMALL[name]).eval()
-    plain.load_state_dict(eager.state_dict())
-    return eager, plain
+def task(name: str, tolerance: float = 1e-4, **kwargs) -> impl.Task:
+    """A shrunken model as users run it, and how it is compared."""
+    make = partial(timm.create_model, name, num_classes=5, **SMALL[name], **kwargs)
+    eager = make().eval()
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7, 3), dtype=np.uint8))
+    plain = partial(graph.plain_model, make, eager.state_dict())
+    return impl.Task(name, eager, plain, (16, 24), Decoder(), [photograph], tolerance)
 
 
-# the conversion to ONNX takes ten seconds a model
-FILES = [
-    pytest.param(name, suffix, marks=pytest.mark.full if suffix == ".onnx" and name != "vmamba_nano" else [])
-    for name in SMALL
-    for suffix in export.SUFFIXES
-]
+# the conversion to ONNX takes seconds a model
+MODELS = [pytest.param(n, marks=[] if n in ("vmamba_nano", "vim_nano") else pytest.mark.full) for n in SMALL]
 
 
-@pytest.mark.parametrize("name, suffix", FILES)
-def test_files_compute_what_the_model_computes(name, suffix, tmp_path):
-    """Not square, batches that were not traced, without our operators; in onnxruntime within 1e-4 of eager."""
-    eager, plain = make(name)
-    program = export.trace(plain, (16, 8))
+@pytest.mark.parametrize("name", MODELS[:-1])
+def test_onnx_files_of_both_forms(name, tmp_path):
+    """One graph: in standard operators for any runtime, and for our library; other batches and sizes than the traced
+    one, odd ones, too. The checker has nothing to say, nor has its inference of shapes."""
+    of = task(name)
+    program = graph.trace(graph.with_operators(of.plain()), of.size, any_size=True)
+    proto = onnx_file.convert(program)
+    copy = onnx.ModelProto.FromString(proto.SerializeToString())
+    sizes = [(1, 32, 32), (3, 16, 24), (2, 41, 27), (1, 24, 56)]
+    batches = {str(size): torch.randn(size[0], 3, *size[1:]) for size in sizes}
+    for scan, model in (("portable", proto), ("custom", copy)):
+        model = onnx_file.finish(model, scan)
+        onnx.checker.check_model(model, full_check=True)
+        path = tmp_path / f"{scan}.onnx"
+        load = partial(files.load_onnx, custom=scan == "custom")
+        _, found = files.write_checked(path, partial(onnx.save_model, model), load, of.eager, batches, 1e-4)
+        assert [(d.batch, *d.size) for d in found] == sizes
+        assert all(d.largest < 1e-5 and d.same_top1 for d in found), found
+        ours = {node.domain for node in model.graph.node} - {""}
+        assert ours == (set() if scan == "portable" or "vssd" in name else {"ssm_ops"})
+        session = onnxruntime.InferenceSession(path, files.session_options(True))
+        assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+        assert session.get_outputs()[0].shape == ["batch", 5]
+    assert session.get_modelmeta().custom_metadata_map == {"library": "ssm_ops.onnxruntime", "library_version": "1"}
+
+
+@pytest.mark.full
+def test_scans_that_are_written_out_have_one_size(tmp_path, capsys):
+    of, path = task("vmamba_tiny_m2"), tmp_path / "m2.onnx"
+    _, found = impl.write_onnx(of, path, "portable")
+    assert max(d.largest for d in found) < 1e-5 and "for one size: the file takes no other" in capsys.readouterr().err
+    assert onnxruntime.InferenceSession(path).get_inputs()[0].shape == ["batch", 3, 16, 24]
+    with pytest.raises(UserError, match="--scan custom: the library has no operator for the scans of vmamba_tiny_m2"):
+        impl.write_onnx(of, path, "custom")
+
+
+@pytest.mark.parametrize(
+    "name", ["vmamba_nano", *(pytest.param(name, marks=pytest.mark.full) for name in ("vim_nano", "vssd_nano"))]
+)
+def test_pt2_files_need_none_of_our_operators(name, tmp_path):
+    of = task(name)
+    program = graph.trace(of.plain(), of.size)
     called = {str(node.target) for node in program.graph.nodes}
     assert not [target for target in called if "ssm_ops" in target] and "aten.conv2d.default" in called
-    batches = {str(count): torch.randn(count, 3, 16, 8) for count in (1, 3, 5)}
-    path = tmp_path / f"model{suffix}"
-    found = export.export(program, eager, batches, path, 1e-4)
-    assert [difference.batch for difference in found] == [1, 3, 5]
-    assert all(difference.largest < 1e-5 and difference.same_top1 for difference in found)
-    assert list(tmp_path.iterdir()) == [path]
-    if suffix == ".onnx":
-        check_onnx(path, eager)
+    _, found = impl.write_pt2(of, tmp_path / "model.pt2")
+    assert [d.batch for d in found] == [1, 3, 1, 3] and max(d.largest for d in found) < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
-def check_onnx(path, eager):
-    session = onnxruntime.InferenceSession(path)
-    assert session.get_inputs()[0].shape == ["batch", 3, 16, 8] and session.get_outputs()[0].shape == ["batch", 5]
-    images = torch.randn(4, 3, 16, 8)
-    (logits,) = session.run(["logits"], {"images": images.numpy()})
-    with torch.inference_mode():
-        expected = eager(images).numpy()
-    assert np.abs(logits - expected).max() < 1e-5 < np.abs(expected).max()
+@pytest.fixture(scope="module")
+def mamba() -> tuple[impl.Task, onnx.ModelProto]:
+    """Wide enough for weights that are worth rounding."""
+    of = task("vmamba_nano", ssm_ratio=2.0, mlp_ratio=16.0)
+    return of, onnx_file.convert(graph.trace(graph.with_operators(of.plain()), of.size, any_size=True))
+
+
+@pytest.mark.parametrize(("weights", "worst"), [("float16", 1e-2), ("bfloat16", 1e-1)])
+def test_weights_in_16_bits(weights, worst, mamba, tmp_path):
+    of, proto = mamba
+    path = tmp_path / "half.onnx"
+    model = onnx_file.finish(onnx.ModelProto.FromString(proto.SerializeToString()), "custom", weights)
+    onnx.checker.check_model(model, full_check=True)
+    assert worst == impl.TOLERANCES[weights]
+    save, load = partial(onnx.save_model, model), partial(files.load_onnx, custom=True)
+    _, found = files.write_checked(path, save, load, of.eager, of.batches(True), worst)
+    assert max(d.largest for d in found) > 0
+    large = [t for t in model.graph.initializer if np.prod(t.dims) >= 1024]
+    assert large and {t.data_type for t in large} == {getattr(TensorProto, weights.upper())}
+
+
+@pytest.mark.parametrize("scan", onnx_file.SCANS)
+def test_int8_leaves_the_scans_in_float(scan, mamba, tmp_path):
+    of, proto = mamba
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    quantise = partial(int8.quantise, images=impl.calibration_images(tmp_path, of))
+    model = onnx_file.finish(onnx.ModelProto.FromString(proto.SerializeToString()), scan, quantise=quantise)
+    onnx.save_model(model, tmp_path / "int8.onnx")
+    (_, difference), *_ = [
+        (d.what, d.largest)
+        for d in files.compare(files.load_onnx(tmp_path / "int8.onnx", scan == "custom"), of.eager, of.batches(True))
+    ]
+    assert 0 < difference < 0.2
+    made_by = {output: node.op_type for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        inputs = [made_by.get(name) for name in node.input]
+        if node.op_type in ("Conv", "Gemm"):
+            assert inputs[:2] == ["DequantizeLinear"] * 2
+        if node.op_type in ("Scan", "SS2DScan"):
+            assert node.op_type == "Scan" or node.domain == "ssm_ops"
+    assert sum(node.op_type in ("Scan", "SS2DScan") for node in model.graph.node) == (2 if scan == "portable" else 1)
+
+
+def test_no_images_to_calibrate_with(tmp_path):
+    with pytest.raises(UserError, match="holds no images"):
+        impl.calibration_images(tmp_path, task("vmamba_nano"))
+
+
+@pytest.mark.parametrize("opset", [12, 99])
+def test_operators_of_another_time(opset):
+    with pytest.raises(UserError, match=f"--opset {opset} is not from 18 to 20"):
+        onnx_file.convert(None, opset)
 
 
 class Shifted(nn.Module):
@@ -82,34 +163,41 @@ class Shifted(nn.Module):
 def test_refuses_what_differs(shift, tmp_path):
     path = tmp_path / "model.pt2"
     path.write_text("of another day")
-    program = export.trace(Shifted(shift), (4, 4))
     batches = {"noise": torch.randn(3, 3, 4, 4)}
+
+    def export_it(shift: float) -> list[files.Difference]:
+        write = partial(torch.export.save, graph.trace(Shifted(shift), (4, 4)))
+        return files.write_checked(path, write, files.load_pt2, Shifted(0), batches, 1e-4)[1]
+
     with pytest.raises(UserError, match="is not written: on noise its logits differ .* by (0.0002|nan), more than"):
-        export.export(program, Shifted(shift), batches, path, 1e-4)
+        export_it(shift)
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"] and path.read_text() == "of another day"
-    found = export.export(export.trace(Shifted(5e-5), (4, 4)), Shifted(0), batches, path, 1e-4)
-    assert found[0].largest == pytest.approx(5e-5, rel=0.01)
+    assert export_it(5e-5)[0].largest == pytest.approx(5e-5, rel=0.01)
 
 
 def test_command(tmp_path, capsys, monkeypatch):
     """The report says how images become input: by its numbers the file gives the model's logits for a picture."""
-    monkeypatch.setattr(export.inputs, "load_model", lambda name, checkpoint, which, allow_nonfinite: TINY)
+    monkeypatch.setattr(impl.inputs, "load_model", lambda name, checkpoint, which, allow_nonfinite: TINY)
     TINY.num_classes = 2
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7), dtype=np.uint8))  # grey
     photo.save(tmp_path / "grey.png")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
     out = tmp_path / "deep" / "tiny.pt2"
     line = ["--model", "vmamba_nano", "--size", "8", "6", "--images", str(tmp_path / "grey.png"), "--out", str(out)]
-    assert export.main(line) == 0
+    assert export.main([*line, "--classes", str(tmp_path / "names.txt")]) == 0
     report = json.loads((tmp_path / "deep" / "tiny.pt2.json").read_text())
     assert [(d["what"], d["batch"], d["largest"]) for d in report["differences"]] == [
         (f"{what}, batch {count}", count, 0) for what in ("noise", "images") for count in (1, 3)
     ]
     settings = report["preprocessing"]
+    assert report["class_names"] == ["cat", "dog"]
+    assert (settings["crop_ratio"], settings["interpolation"]) == (0.875, "bicubic")
     pixels = np.asarray(photo.convert("RGB").resize((6, 8), Image.Resampling.BICUBIC)) / 255
     image = torch.tensor((pixels - settings["mean"]) / settings["std"]).permute(2, 0, 1).float()
-    batches = export.check_batches((8, 6), "vmamba_nano", [photo.convert("RGB")])
+    batches = impl.check_batches((8, 6), "vmamba_nano", [photo.convert("RGB")])
     torch.testing.assert_close(batches["images, batch 3"], image.expand(3, -1, -1, -1))
-    assert capsys.readouterr().out.endswith(f"{out}\n{out}.json\n")
+    said = capsys.readouterr().out
+    assert said.endswith(f"{out}\n{out}.json\n") and "the file" in said and "images/s, exported in" in said
 
 
 TINY = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
@@ -118,16 +206,21 @@ TINY = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --model NAME"),
         (["--model", "vmamba_nanoo"], "did you mean vmamba_nano"),
         (["--model", "vim_nano", "--size", "3"], "vim_nano takes no images of 3x3 pixels"),
         (["--model", "vim_nano", "--size", "32", "32", "32"], "--size 32 32 32 is not H or H W"),
-        (["--model", "vim_nano", "--out", "vim.trt"], "--out vim.trt does not end in .onnx or .pt2"),
+        (["--model", "vim_nano", "--out", "vim.trt"], "--out vim.trt does not end in .onnx, .aoti.pt2 or .pt2"),
+        (["--model", "vim_nano", "--out", "/dev/null/vim.onnx"], "/dev/null is no folder that can be written to"),
         (["--model", "vim_nano", "--images", "nowhere"], "nowhere does not exist"),
         (["--model", "vim_nano", "--checkpoint", "nowhere"], "--checkpoint nowhere is neither a file"),
+        (["--model", "vim_nano", "--int8", "nowhere", "--out", "v.onnx"], "nowhere does not exist"),
+        (["--model", "vim_nano", "--int8", ".", "--out", "v.pt2"], "--weights and --int8 are for .onnx files"),
+        (["--model", "vim_nano", "--opset", "12", "--out", "v.onnx"], "--opset 12 is not from 18 to 20"),
     ],
 )
-def test_mistakes(arguments, message, capsys):
+def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert export.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

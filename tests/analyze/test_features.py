@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from analyze import features, linear_probe
+from analyze.features import main as features_main
+from analyze.impl import features, linear_probe
 from analyze.inputs import build_model
+from analyze.linear_probe import main as linear_probe_main
 
 TRAIN, VAL = 8, 5  # per class
 
@@ -39,7 +41,7 @@ def model(monkeypatch):
 
 def run(tree, out, *more: str) -> int:
     sizes = ["--shard", "5", "--batch-size", "2"]
-    return features.main(["--model", "vim_nano", "--data-path", str(tree), "--out", str(out), *sizes, *more])
+    return features_main(["--model", "vim_nano", "--data-path", str(tree), "--out", str(out), *sizes, *more])
 
 
 def contents(folder):
@@ -102,13 +104,13 @@ def test_another_folder_is_asked_for(more, message, tree, tmp_path, model, capsy
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert contents(tmp_path) == before
-    assert linear_probe.main(["--features", str(tmp_path)]) == 2
+    assert linear_probe_main(["--features", str(tmp_path)]) == 2
     assert "holds no features of 'train': run analyze/features.py with --splits train" in capsys.readouterr().err
     if more[0] == "--shard":  # the other split may come later
         assert (
             run(tree, tmp_path, "--splits", "train")
             == 0
-            == linear_probe.main(["--features", str(tmp_path), "--k", "1"])
+            == linear_probe_main(["--features", str(tmp_path), "--k", "1"])
         )
 
 
@@ -153,7 +155,7 @@ def test_probe_command(tree, tmp_path, model, capsys):
     """Dark and bright images are told apart even by random weights; the json holds the accuracies."""
     assert run(tree, tmp_path) == 0
     assert (
-        linear_probe.main(["--features", str(tmp_path), "--k", "3", "1", "--out", str(tmp_path / "x" / "p.png")]) == 0
+        linear_probe_main(["--features", str(tmp_path), "--k", "3", "1", "--out", str(tmp_path / "x" / "p.png")]) == 0
     )
     report = json.loads((tmp_path / "x" / "p.json").read_text())
     assert (report["train images"], report["val images"]) == (2 * TRAIN, 2 * VAL)
@@ -167,5 +169,5 @@ def test_probe_command(tree, tmp_path, model, capsys):
         (["--features", "nowhere"], "nowhere holds no readable features.json"),
         (["--out", "probe.pdf"], "--out probe.pdf does not end in .png"),
     ):
-        assert linear_probe.main(["--features", str(tmp_path), *more]) == 2
+        assert linear_probe_main(["--features", str(tmp_path), *more]) == 2
         assert message in capsys.readouterr().err

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import ssm_ops
-from analyze import flops
+from analyze.flops import main
+from analyze.impl import flops
 from ssm_models import fvcore_handles, model_card
 
 FlopCountAnalysis = pytest.importorskip("fvcore.nn").FlopCountAnalysis
@@ -105,8 +106,9 @@ def test_pooling_of_a_part_of_a_larger_network(name, pooled):
     assert counted.by_operator()["mean"] == pooled
 
 
-def test_the_command_counts_by_fvcore(capsys, monkeypatch):
-    assert flops.main(["--models", "vssd_nano", "--counter", "fvcore", "--tree", "0"]) == 0
+def test_the_command_counts_by_fvcore(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--models", "vssd_nano", "--counter", "fvcore", "--tree", "0"]) == 0
     card = model_card("vssd_nano", (3, 32, 32))
     giga = [f"{n / 1e9:.6f}" for n in (card.macs, card.macs_recurrence, card.macs_official)]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -114,7 +116,7 @@ def test_the_command_counts_by_fvcore(capsys, monkeypatch):
     assert ["(model)", "VSSD", "506,072", giga[0], "100.0%", *giga[1:]] in lines
     flops.fvcore_counts.cache_clear()
     monkeypatch.setitem(sys.modules, "fvcore.nn", None)
-    assert flops.main(["--models", "vssd_nano", "--counter", "fvcore"]) == 2
+    assert main(["--models", "vssd_nano", "--counter", "fvcore"]) == 2
     assert capsys.readouterr().err == "error: --counter fvcore needs the package fvcore: pip install fvcore\n"
 
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from timm.utils import update_summary
 
-from analyze import loss
+from analyze.impl import loss
 from analyze.logs import read_log
+from analyze.loss import main
 from ssm_train.common.errors import UserError
 from ssm_train.record.curves import Series
 from ssm_train.record.series import Summary
@@ -388,7 +389,7 @@ def test_other_files_are_refused_by_name(text, message, tmp_path):
 
 def test_curves_that_no_panel_shows(tmp_path, capsys):
     path = write(tmp_path, "step,epoch,dice\n9,0,0.5\n", "metrics.csv")
-    assert loss.main(["--log", str(path), "--out", str(tmp_path / "curves.png")]) == 2
+    assert main(["--log", str(path), "--out", str(tmp_path / "curves.png")]) == 2
     assert "holds none of the curves that are drawn (train/loss, " in capsys.readouterr().err
 
 
@@ -397,7 +398,7 @@ def test_curves_of_many_logs(tmp_path, capsys):
     ours(tmp_path / "run")
     out, table = tmp_path / "deep" / "curves.png", tmp_path / "other" / "curves.csv"
     command = ["--run", tmp_path / "run", "--log", *logs, "--out", out, "--csv", table]
-    assert loss.main(list(map(str, command))) == 0
+    assert main(list(map(str, command))) == 0
     assert capsys.readouterr().out.split() == [str(out), str(table)] and Image.open(out).size[0] > 1000
     rows = list(csv.DictReader(table.open()))
     assert {(row["log"], row["unit"]) for row in rows} == {("run", "epoch"), ("some", "epoch")}
@@ -409,26 +410,37 @@ def test_curves_of_many_logs(tmp_path, capsys):
 def test_drawn_numbers(tmp_path):
     logs = [read_log(write(tmp_path / "a", SWIN)), read_log(write(tmp_path / "b", SCALARS))]
     panels = {axes.get_title(): axes for axes in loss.draw(logs).axes}
-    assert list(panels) == ["training loss", "validation accuracy", "average precision", "learning rate", "gradient"]
+    assert list(panels) == [
+        "loss",
+        "validation accuracy",
+        "average precision",
+        "learning rate",
+        "gradient before clipping",
+    ]
     drawn = {line.get_label(): list(line.get_ydata()) for line in panels["average precision"].lines}
     assert drawn == {"some boxes": pytest.approx([12.5, 41.2]), "some masks": pytest.approx([10.0, 37.5])}
     assert [list(line.get_ydata()) for line in panels["validation accuracy"].lines] == [[76.123], [10.5]]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--out", "curves.png"]])
-def test_nothing_to_draw(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        loss.main(arguments)
-    assert caught.value.code == 2 and "give --run FOLDER or --log FILE" in capsys.readouterr().err
+def test_the_legend_is_where_no_curve_can_be(tmp_path):
+    """One, below all panels, with every log and every style once; none inside of a panel."""
+    figure = loss.draw([read_log(write(tmp_path / "a", SWIN)), read_log(write(tmp_path / "b", SCALARS))])
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    [legend] = figure.legends
+    figure.draw_without_rendering()
+    lowest = min(axes.get_tightbbox().y0 for axes in figure.axes)
+    assert legend.get_window_extent().y1 <= lowest
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels[:2] == ["some", "some"] and len(labels[2:]) == len(set(labels[2:])) > 2
 
 
 def test_errors_are_one_line(tmp_path, capsys):
     mixed = [str(write(tmp_path / "a", SWIN)), str(write(tmp_path / "b", ITERATIONS))]
     out = tmp_path / "curves.png"
-    assert loss.main(["--log", *mixed, "--out", str(out)]) == 2
-    assert loss.main(["--log", str(tmp_path / "none.log"), "--out", str(out)]) == 2
-    assert loss.main(["--run", str(tmp_path / "none"), "--out", str(out)]) == 2
-    assert loss.main(["--log", mixed[0], "--out", "curves.csv"]) == 2
+    assert main(["--log", *mixed, "--out", str(out)]) == 2
+    assert main(["--log", str(tmp_path / "none.log"), "--out", str(out)]) == 2
+    assert main(["--run", str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert main(["--log", mixed[0], "--out", "curves.csv"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: some counts epochs, some counts iterations: draw them one by one"
     assert lines[1].startswith("error: cannot read log ") and "none.log" in lines[1]

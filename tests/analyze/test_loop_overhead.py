@@ -2,8 +2,15 @@
 
 import pytest
 
-from analyze import loop_overhead
+from analyze.impl import loop_overhead
+from analyze.loop_overhead import main
 from ssm_train.common import timing
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """The numbers go to runs/analyze below where the command is called."""
+    monkeypatch.chdir(tmp_path)
 
 
 class Clock:
@@ -26,7 +33,7 @@ def test_medians_of_pairs(monkeypatch, capsys):
     monkeypatch.setattr(loop_overhead, "_loop", lambda trainer: taken.append("loop"))
     lengths = [99, 7, 8, 10, 4, 5, 12, 15]  # bare, loop, bare, loop, ...
     monkeypatch.setattr(timing.time, "perf_counter", Clock(lengths))
-    assert loop_overhead.main(["--repeats", "3", "--updates", "2", "--batch-size", "4", "--device", "cpu"]) == 0
+    assert main(["--repeats", "3", "--updates", "2", "--batch-size", "4", "--device", "cpu"]) == 0
     assert taken == ["bare", "loop"] * 4
     # bare 8, 4, 12 s and loop 10, 5, 15 s of two updates each
     assert "bare step 4000.00 ms, loop 5000.00 ms; the loop adds 1000.00 ms (25.0%" in capsys.readouterr().out
@@ -43,11 +50,11 @@ def test_both_make_the_same_number_of_updates(monkeypatch):
         return run
 
     monkeypatch.setattr(loop_overhead, "prepare", prepare)
-    assert loop_overhead.main(["--repeats", "1", "--updates", "3", "--batch-size", "2", "--device", "cpu"]) == 0
+    assert main(["--repeats", "1", "--updates", "3", "--batch-size", "2", "--device", "cpu"]) == 0
     assert len(steps) == 2 * 2 * 3
 
 
 def test_mistakes(capsys):
-    assert loop_overhead.main(["--cfg", "absent.yaml"]) == 2
+    assert main(["--cfg", "absent.yaml"]) == 2
     assert "absent.yaml" in capsys.readouterr().err
     assert loop_overhead.Overhead(10.0, 10.3, 0.3).share == pytest.approx(0.03)

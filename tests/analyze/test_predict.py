@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import predict
+from analyze.impl import predict
+from analyze.predict import main
 from ssm_train.common.errors import UserError
 from ssm_train.config.defaults import default_config
 
@@ -37,7 +38,7 @@ def test_table_and_sheet(photos, model, tmp_path, capsys):
     names.write_text("ant\nbee\ncat, house cat\ndog\n")
     out = tmp_path / "out" / "sheet.png"
     line = ["--model", "vim_nano", "--images", str(photos), "--top", "3", "--classes", str(names), "--out", str(out)]
-    assert predict.main(line) == 0
+    assert main(line) == 0
     with out.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 40 * 3 and len({row["class"] for row in rows if row["rank"] == "1"}) > 1
@@ -103,6 +104,6 @@ def test_class_names(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes(arguments, message, capsys):
-    assert predict.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

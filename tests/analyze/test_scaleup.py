@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from analyze import scaleup
+from analyze.impl import scaleup
+from analyze.scaleup import main
 from ssm_train.config.defaults import default_config
 
 DATA = Path(__file__).parents[1] / "data/logs"
@@ -64,7 +65,7 @@ def table(path):
 
 
 def start(*arguments):
-    return scaleup.main([*map(str, arguments), "--device", "cpu", "--rounds", "2", "--seconds", "0"])
+    return main([*map(str, arguments), "--device", "cpu", "--rounds", "2", "--seconds", "0"])
 
 
 def test_known_accuracies(colors, picky, tmp_path, capsys):
@@ -143,7 +144,7 @@ def test_numbers_of_former_evaluations(tmp_path, capsys):
         (tmp_path / folder / "metrics.json").write_text(json.dumps(metrics))
     out = tmp_path / "scaleup.png"
     logs = [f"{size}={tmp_path / folder}" for size, folder in ((48, "a"), (32, "b"), (96, "c"))]
-    assert scaleup.main(["--logs", *logs, "--out", str(out)]) == 0
+    assert main(["--logs", *logs, "--out", str(out)]) == 0
     rows = table(out.with_suffix(".csv"))
     assert {size: float(row["top1"]) for (*_, size), row in rows.items()} == {48: 61.5, 32: 72.5, 96: 83.5}
     assert {row["images_per_second"] for row in rows.values()} == {""} and len(capsys.readouterr().out.split("\n")) == 6
@@ -156,28 +157,28 @@ def test_logs_of_other_trainers(tmp_path, capsys):
     evaluation = tmp_path / "eval.txt"
     evaluation.write_text(" * Acc@1 10.0 Acc@5 20.0\n * Acc@1 83.5 Acc@5 96.5\n")
     others = [str(DATA / "vmamba_scaleup.log"), f"288={evaluation}"]
-    assert scaleup.main(["--logs", *others, "--out", str(tmp_path / "scaleup.png")]) == 0
+    assert main(["--logs", *others, "--out", str(tmp_path / "scaleup.png")]) == 0
     assert "vmamba_scaleup             224 px  top-1  82.17 %\n" in capsys.readouterr().out
     rows = [row for entry in others for row in scaleup.read_logs(entry)]
     found = [(row["model"], row["size"], row["top1"], row["top5"]) for row in rows]
     assert found[:2] == [("vmamba_scaleup", 64, 45.341, 69.076), ("vmamba_scaleup", 224, 82.169, 96.028)]
     assert found[2:] == [("eval", 288, 83.5, 96.5)]
     for entry in (f"224={others[0]}", str(evaluation), f"big={evaluation}"):
-        assert scaleup.main(["--logs", entry, "--out", str(tmp_path / "no.png")]) == 2
+        assert main(["--logs", entry, "--out", str(tmp_path / "no.png")]) == 2
         assert f"error: --logs {entry} must be SIZE=FOLDER, SIZE=FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, parts",
     [
-        (["--checkpoints", "none"], ["--checkpoints none is no run of ours: give --models"]),
+        (["--checkpoints", "none"], ["--checkpoint none is no run of ours: give --model"]),
         (["--checkpoints", "none", "--models", "vmamba_nan"], ["'vmamba_nan' is not a registered model"]),
         (
             ["--checkpoints", "none", "--models", "vmamba_nano"],
             ["--checkpoint none is neither a file nor the name of published weights"],
         ),
-        (["--checkpoints", "a", "--models", "vmamba_nano", "vim_nano"], ["--models: 2 for 1 --checkpoints"]),
-        (["--checkpoints", "a", "--sizes", "0"], ["--sizes 0 must be at least 1"]),
+        (["--checkpoints", "a", "--models", "vmamba_nano", "vim_nano"], ["--model: 2 for 1 --checkpoint"]),
+        (["--checkpoints", "a", "--sizes", "0"], ["--size 0 must be at least 1"]),
         (["--checkpoints", "a", "--out", "up.pdf"], ["--out up.pdf does not end in .png"]),
         (["--logs", "runs/a"], ["--logs runs/a must be SIZE=FOLDER"]),
         (["--logs", "32=none"], ["--logs 32=none: cannot read none/metrics.json: No such file"]),
@@ -198,6 +199,3 @@ def test_other_errors(colors, picky, capsys, tmp_path):
     assert start("--logs", f"32={tmp_path}", "--out", tmp_path / "scaleup.png") == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "none is not a folder" in first and "holds no accuracies of classification/main.py" in second
-    with pytest.raises(SystemExit) as caught:
-        scaleup.main([])
-    assert caught.value.code == 2

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analyze import throughput, tp
-from analyze.throughput import Result, Variant, measure
+from analyze import throughput
+from analyze.impl import tp
+from analyze.throughput import MODES, Result, Variant, measure
+from analyze.tp import main
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -53,7 +55,7 @@ def rows_of(results, device):
 def test_images_per_second_are_exact():
     clock = Clock()
     models = {"a": Costly("a", clock, 0.25), "b": Costly("b", clock, 0.5)}
-    variants = [Variant(name, size, 6, mode) for mode in tp.MODES for name in models for size in (2, 8)]
+    variants = [Variant(name, size, 6, mode) for mode in MODES for name in models for size in (2, 8)]
     results = run(models, variants, clock)
     seconds = {"a": 0.25, "b": 0.5}
     for result, variant in zip(results, variants, strict=True):
@@ -221,7 +223,7 @@ def test_csv_and_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tp.measure, "__kwdefaults__", tp.measure.__kwdefaults__ | {"clock": clock})
     out = tmp_path / "deep" / "tp.png"
     sizes = ["--sizes", "2", "4", "--batch", "8", "--rounds", "2", "--seconds", "0"]
-    assert tp.main(["--precisions", "fp32", "bf16", *sizes, "--device", "cpu", "--out", str(out)]) == 0
+    assert main(["--precisions", "fp32", "bf16", *sizes, "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2:] == [str(out), str(out.with_suffix(".csv"))] and Image.open(out).size[0] > 1000
     rows = list(csv.DictReader(out.with_suffix(".csv").open()))
@@ -238,7 +240,7 @@ def test_csv_and_picture(tmp_path, capsys, monkeypatch):
 def test_a_real_model(tmp_path):
     out = tmp_path / "tp.png"
     command = ["--models", "vmamba_nano", "--sizes", "32", "--batch", "2", "--rounds", "1", "--seconds", "0"]
-    assert tp.main([*command, "--precisions", "bf16", "--device", "cpu", "--out", str(out)]) == 0
+    assert main([*command, "--precisions", "bf16", "--device", "cpu", "--out", str(out)]) == 0
     inference, training = csv.DictReader(out.with_suffix(".csv").open())
     assert inference["status"] == training["status"] == "ok" and float(inference["images_per_second"]) > 0
     weights = 4 * 379_786 / MIB
@@ -265,8 +267,8 @@ def test_sets_hold_registered_models():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--models", "nano", "vmamba_nan"], "error: --models 'vmamba_nan' is not a registered model; did you mean"),
-        (["--sizes", "32", "0"], "error: --sizes 0 must be at least 1"),
+        (["--models", "nano", "vmamba_nan"], "error: --model 'vmamba_nan' is not a registered model; did you mean"),
+        (["--sizes", "32", "0"], "error: --size 0 must be at least 1"),
         (["--batch", "0"], "error: --batch 0 must be at least 1"),
         (["--rounds", "0"], "error: --rounds 0 must be at least 1"),
         (["--seconds", "-1"], "error: --seconds -1.0 must be at least 0"),
@@ -274,7 +276,7 @@ def test_sets_hold_registered_models():
     ],
 )
 def test_errors_name_the_value(arguments, message, capsys, tmp_path):
-    assert tp.main(["--device", "cpu", "--out", str(tmp_path / "tp.png"), *arguments]) == 2
+    assert main(["--device", "cpu", "--out", str(tmp_path / "tp.png"), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(message) and len(captured.err.splitlines()) == 1 and captured.out == ""
     assert list(tmp_path.iterdir()) == []

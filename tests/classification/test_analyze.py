@@ -5,7 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from analyze import loss, predictions
+from analyze import loss
+from analyze.impl import predictions
+from analyze.predictions import main as predictions_main
 from ssm_train.record.curves import read_curves
 from ssm_train.record.report import write_report
 
@@ -39,14 +41,14 @@ def test_curves(run, tmp_path, capsys):
 
 
 def test_predictions(run, image_tree, capsys):
-    assert predictions.main(["--run", str(run), "--count", "12"]) == 0
+    assert predictions_main(["--run", str(run), "--count", "12"]) == 0
     assert Image.open(run / "predictions.png").size[0] > 1000
     more = ["--data-path", str(image_tree), "--count", "99", "--out", str(run / "all.png")]
-    assert predictions.main(["--run", str(run), *more]) == 0
+    assert predictions_main(["--run", str(run), *more]) == 0
     capsys.readouterr()
-    assert predictions.main(["--run", str(run / "checkpoints")]) == 2
-    assert predictions.main(["--run", str(run), "--count", "0"]) == 2
-    assert predictions.main(["--run", str(run), "--out", "predictions.json"]) == 2
+    assert predictions_main(["--run", str(run / "checkpoints")]) == 2
+    assert predictions_main(["--run", str(run), "--count", "0"]) == 2
+    assert predictions_main(["--run", str(run), "--out", "predictions.json"]) == 2
     assert capsys.readouterr().err.count("error: ") == 3
 
 

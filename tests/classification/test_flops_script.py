@@ -4,13 +4,20 @@ import csv
 
 import pytest
 
-from analyze import flops
+from analyze.flops import main
+from analyze.impl import flops
 from ssm_models.model_card import model_card, registered_models
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """The numbers go to runs/analyze below where the command is called."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_table_and_csv_hold_the_counts(tmp_path, capsys):
     path = tmp_path / "deep" / "flops.csv"
-    assert flops.main(["--models", "vmamba_nano", "vmamba_tiny_s1l8", "--csv", str(path)]) == 0
+    assert main(["--models", "vmamba_nano", "vmamba_tiny_s1l8", "--csv", str(path)]) == 0
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("vmamba")}
     nano = model_card("vmamba_nano", (3, 32, 32))  # the size that the model is made for
@@ -39,7 +46,7 @@ def test_table_and_csv_hold_the_counts(tmp_path, capsys):
 
 @pytest.mark.parametrize("given, size", [(["64"], (64, 64)), (["64", "96"], (64, 96))])
 def test_size(given, size, capsys):
-    assert flops.main(["--models", "vssd_nano", "--size", *given]) == 0
+    assert main(["--models", "vssd_nano", "--size", *given]) == 0
     row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("vssd_nano"))
     assert row[1] == f"{size[0]}x{size[1]}" and row[3] == f"{model_card('vssd_nano', (3, *size)).macs / 1e9:.6f}"
 
@@ -48,7 +55,7 @@ def test_all_models_by_default(monkeypatch, capsys):
     one = model_card("vmamba_nano", (3, 32, 32))
     asked = []
     monkeypatch.setattr(flops, "model_card", lambda name, size: asked.append((name, size)) or one)
-    assert flops.main([]) == 0
+    assert main([]) == 0
     sizes = {name: (3, 32, 32) if "_nano" in name else (3, 224, 224) for name in registered_models()}
     assert dict(asked) == sizes and len(asked) == len(sizes)
 
@@ -56,7 +63,7 @@ def test_all_models_by_default(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--models", "vmamba_nano", "resnet50"], "error: --models resnet50: not among vanilla_vmamba_base, "),
+        (["--models", "vmamba_nano", "resnet50"], "error: --model resnet50: not among vanilla_vmamba_base, "),
         (["--size", "1", "2", "3"], "error: --size 1 2 3 is not H or H W"),
         (
             ["--models", "vim_nano", "--size", "0"],
@@ -73,6 +80,6 @@ def test_all_models_by_default(monkeypatch, capsys):
     ],
 )
 def test_errors_name_the_value(arguments, message, capsys):
-    assert flops.main(arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(message) and captured.out == ""

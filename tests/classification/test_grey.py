@@ -11,7 +11,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from analyze import features, predict, predictions
+from analyze import predict
+from analyze.features import main as features_main
+from analyze.impl import features
+from analyze.predictions import main as predictions_main
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import load_config
 from ssm_train.data.build import scan_split
@@ -49,9 +52,9 @@ def test_a_grey_run_of_12_bit_images(cli, grey_tree, tmp_path):
     trained, again = (json.loads((run.parent / name / "metrics.json").read_text()) for name in ("run", "eval"))
     assert again["results"]["model"]["loss"] == pytest.approx(trained["results"]["best"]["loss"], abs=1e-6)
 
-    assert predictions.main(["--run", str(run)]) == 0
+    assert predictions_main(["--run", str(run)]) == 0
     folder = tmp_path / "features"
-    assert features.main(["--checkpoint", str(run), "--out", str(folder), "--device", "cpu"]) == 0
+    assert features_main(["--checkpoint", str(run), "--out", str(folder), "--device", "cpu"]) == 0
     assert features.read_features(folder, "train")[0].isfinite().all()
     assert json.loads((folder / "features.json").read_text())["train"]["images"] == 21
     image = grey_tree / "val/dog/0.png"

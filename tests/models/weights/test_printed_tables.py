@@ -1,4 +1,4 @@
-"""The accuracies that the READMEs print are those of the table of weights, row by row."""
+"""The accuracies that docs/models.md and the READMEs print are those of the table of weights, row by row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_classification():
     plain = {
         entry.model: entry.metrics["top1"] for name, entry in entries().items() if re.search(r"\.(ft_)?in1k$", name)
     }
-    rows = {name: cells for name, cells in printed("README.md").items() if len(cells) == 4}
+    rows = {name: cells for name, cells in printed("docs/models.md").items() if len(cells) == 4}
     for name, (_, _, top1, _) in rows.items():
         expected = [plain[name]] if name in plain else []
         assert numbers(top1) == expected + accuracy(f"{name}.mesa_in1k", "top1"), name

@@ -1,0 +1,232 @@
+"""Export of a model: what is traced, checked, and said of it. Shapes: B batch, C channels, H W image."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from analyze import image_files, inputs
+from analyze.exporting import files, graph, int8, onnx_file
+from analyze.exporting.files import Difference, Runner
+from analyze.impl.predict import class_names
+from analyze.quick import take_quick_run
+from ssm_train.common.decode import Decoder
+from ssm_train.common.errors import UserError
+from ssm_train.common.fileio import write_atomic
+
+SUFFIXES = (".onnx", ".aoti.pt2", ".pt2")
+BATCHES = (1, 3)  # of the check: one that frameworks like to treat as special, and one other than the traced
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1, "int8": 1.0}
+_TIMED = 5  # runs, of which the fastest counts
+_MOST = 64  # calibration images
+
+
+class Task(NamedTuple):
+    """What is exported and how it is compared."""
+
+    name: str
+    eager: nn.Module
+    plain: Callable[[], nn.Module]
+    """A new model for tracing, with the same weights."""
+    size: tuple[int, int]
+    decoder: Decoder
+    photographs: Collection[Image.Image]
+    tolerance: float
+
+    def batches(self, any_size: bool) -> dict[str, Tensor]:
+        """Noise and photographs in batches of `BATCHES`; with `any_size` noise of two other sizes, too."""
+        height, width = self.size
+        sizes = [(height + 32, width), (height, width + 48)] if any_size else []
+        found = check_batches(self.size, self.name, self.photographs, self.decoder.channels)
+        for other in sizes:
+            noise = torch.Generator().manual_seed(0)
+            found[f"noise, {other[0]}x{other[1]}"] = torch.randn(1, self.decoder.channels, *other, generator=noise)
+        return found
+
+
+def check_batches(
+    size: tuple[int, int], name: str, photographs: Collection[Image.Image], channels: int = 3
+) -> dict[str, Tensor]:
+    """Noise and photographs in batches of `BATCHES`."""
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.cat([image_files.to_tensor(image, name, size) for image in photographs])
+    shape = (channels, *size)
+    batches = {f"noise, batch {count}": torch.randn(count, *shape, generator=noise) for count in BATCHES}
+    for count in BATCHES:
+        batches[f"images, batch {count}"] = pixels[torch.arange(count) % len(pixels)]
+    return batches
+
+
+def suffix_of(path: Path) -> str:
+    """Raises UserError for a kind of file that is not written here."""
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return suffix
+    raise UserError(f"--out {path} does not end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def write_onnx(
+    task: Task,
+    path: Path,
+    scan: str,
+    opset: int | None = None,
+    weights: str = "float32",
+    calibration: Path | None = None,
+) -> tuple[Runner, list[Difference]]:
+    """An ONNX file of `task`, checked; int8 if a folder of images is given to find the ranges from."""
+    images = None if calibration is None else calibration_images(calibration, task)
+    custom = scan == "custom"
+    if custom:
+        files.session_options(custom)  # before the work: is there a library?
+    model = task.plain()
+    operators = graph.with_operators(model)
+    any_size = graph.fits_any_size(operators)
+    if not any_size:
+        if custom:
+            raise UserError(f"--scan custom: the library has no operator for the scans of {task.name}")
+        print(f"{task.name} has scans that are written out for one size: the file takes no other", file=sys.stderr)
+        model = task.plain()
+    program = graph.trace(model, task.size, task.decoder.channels, any_size)
+    quantise = None if images is None else partial(int8.quantise, images=images)
+    content = onnx_file.finish(onnx_file.convert(program, opset, any_size), scan, weights, quantise)
+    write = partial(onnx.save_model, content)
+    batches = task.batches(any_size)
+    return files.write_checked(
+        path, write, partial(files.load_onnx, custom=custom), task.eager, batches, task.tolerance
+    )
+
+
+def write_pt2(task: Task, path: Path) -> tuple[Runner, list[Difference]]:
+    """A torch.export file of PyTorch's own operators alone."""
+    program = graph.trace(task.plain(), task.size, task.decoder.channels)
+    write = partial(torch.export.save, program)
+    return files.write_checked(path, write, files.load_pt2, task.eager, task.batches(False), task.tolerance)
+
+
+def write_compiled(task: Task, path: Path) -> tuple[Runner, list[Difference]]:
+    """A package of AOTInductor, for C++ programs on this kind of machine."""
+    program = graph.trace(task.plain(), task.size, task.decoder.channels)
+    write = partial(files.compile_package, program)
+    return files.write_checked(path, write, files.load_compiled, task.eager, task.batches(False), task.tolerance)
+
+
+def calibration_images(folder: Path, task: Task) -> Iterator[np.ndarray]:
+    """Up to `_MOST` images of a folder as input (1, C, H, W), evenly spread. Raises UserError where there are none."""
+    paths = image_files.find_images([folder])
+    paths = paths[:: max(len(paths) // _MOST, 1)][:_MOST]
+    readable = image_files.Readable(paths, task.decoder)
+    return (image_files.to_tensor(image, task.name, task.size).numpy() for _, image in readable)
+
+
+# ---- what is said of them -------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def images_per_second(runners: dict[str, Runner], images: Tensor) -> dict[str, float]:
+    """Of every runner on a batch of images, in turns."""
+    fastest = dict.fromkeys(runners, float("inf"))
+    for turn in range(_TIMED + 1):  # the first warms up
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run(images)
+            if turn > 0:
+                fastest[name] = min(fastest[name], time.perf_counter() - start)
+    return {name: len(images) / seconds for name, seconds in fastest.items()}
+
+
+def describe(
+    task: Task, names: list[str] | None, checkpoint: Path | None, found: list[Difference], kind: dict[str, object]
+) -> str:
+    """What the JSON beside a file says."""
+    mean, std = image_files.statistics(task.name, task.decoder.channels)
+    cfg = inputs.run_config(checkpoint)
+    of_timm = timm.get_pretrained_cfg(task.name)
+    crop, interpolation = (
+        (of_timm.crop_pct, of_timm.interpolation) if cfg is None else (cfg.DATA.CROP_RATIO, cfg.DATA.INTERPOLATION)
+    )
+    colours = "RGB" if task.decoder.channels == 3 else "grey"
+    preprocessing = {"layout": f"NCHW, {colours}, from 0 to 1, then (x - mean) / std"}
+    preprocessing |= {"size": task.size, "crop_ratio": crop, "interpolation": interpolation, "mean": mean, "std": std}
+    content = {"model": task.name, "classes": task.eager.num_classes, "class_names": names}
+    content |= {"preprocessing": preprocessing, **kind, "tolerance": task.tolerance}
+    content["differences"] = [difference._asdict() for difference in found]
+    content["versions"] = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def names_of_classes(count: int, checkpoint: Path | None, file: Path | None) -> list[str] | None:
+    """None where nobody knows them: they are of use, but not needed."""
+    try:
+        names = class_names(count, checkpoint, file)
+    except UserError as error:
+        if file is not None:
+            raise
+        print(f"no class names in the JSON: {error}", file=sys.stderr)
+        return None
+    return None if names[:1] == ["class 0"] else names
+
+
+def command(args: argparse.Namespace) -> int:
+    """Returns the exit status. Raises UserError."""
+    take_quick_run(args, images=12)
+    name = inputs.model_name(args.model, args.checkpoint)
+    paths: Sequence[Path] = args.out or [Path(f"{name}.onnx")]
+    kinds = [suffix_of(path) for path in paths]
+    for path in paths:
+        inputs.check_writable(path)
+    form = "float32" if args.int8 is None else "int8"
+    if args.weights != "float32":
+        if form == "int8":
+            raise UserError(f"--weights {args.weights} and --int8 exclude each other")
+        form = args.weights
+    if form != "float32" and set(kinds) != {".onnx"}:
+        raise UserError(f"--weights and --int8 are for .onnx files, not for {paths[0]}")
+
+    onnx_file.check_opset(args.opset)
+
+    load = partial(inputs.load_model, name, args.checkpoint, args.which, args.allow_nonfinite)
+    eager = load()
+    size = inputs.image_size(args.size, name, args.checkpoint)
+    decoder = image_files.image_decoder(args.checkpoint, args.range)
+    files_given = image_files.Readable(image_files.find_images(args.images or [])[:16], decoder)
+    photographs = dict(files_given) or image_files.sample_images(decoder)
+    inputs.check_image_size(eager, name, size, decoder.channels)
+    names = names_of_classes(eager.num_classes, args.checkpoint, args.classes)
+    tolerance = TOLERANCES[form] if args.tolerance is None else args.tolerance
+    plain = partial(graph.plain_model, load, eager.state_dict())
+    task = Task(name, eager, plain, size, decoder, photographs.values(), tolerance)
+    for path, kind in zip(paths, kinds, strict=True):
+        inputs.make_folder(path.parent)
+        started = time.monotonic()
+        if kind == ".onnx":
+            runner, found = write_onnx(task, path, args.scan, args.opset, args.weights, args.int8)
+        else:
+            runner, found = (write_pt2 if kind == ".pt2" else write_compiled)(task, path)
+        taken = time.monotonic() - started
+        of_file = {"scan": args.scan, "weights": form} if kind == ".onnx" else {}
+        of_file["seconds"] = round(taken, 1)
+        report = path.with_name(f"{path.name}.json")
+        write_atomic(report, describe(task, names, args.checkpoint, found, of_file))
+        for difference in found:
+            print(f"{difference.what:<16} largest difference {difference.largest:.1e}")
+        speeds = images_per_second({"the file": runner, "eager": eager}, task.batches(False)["noise, batch 1"])
+        print(
+            ", ".join(f"{who} {speed:.1f} images/s" for who, speed in speeds.items()) + f", exported in {taken:.0f} s"
+        )
+        print(path, report, sep="\n")
+    return files_given.status
