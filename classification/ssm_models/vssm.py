@@ -225,6 +225,7 @@ class VSSM(PyramidModel):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> first tokens in the model's layout."""
+        self.check_images(x)
         if self.channel_first and x.device.type == "cpu":  # all layers are faster in this order there, and keep it
             x = x.contiguous(memory_format=torch.channels_last)
         x = super().forward_stem(x)

@@ -3,7 +3,8 @@
     python analyze/export.py --model vim_tiny_patch16_224 --scan custom --out FOLDER/custom.onnx
     python kernels/benchmarks/runtimes.py --model vim_tiny_patch16_224 --files FOLDER/*.onnx --out runtimes.csv
 
-A row per runtime and batch: the median of the images/s, its ratio to eager, and from the JSON beside a file the largest
+A row per runtime and batch: the median of the images/s, the slowest and fastest turn (far apart where something else
+ran on the machine: measure again), the ratio of the median to eager, and from the JSON beside a file the largest
 difference of a logit and the seconds that its export took. The numbers in an image and in the weights do not matter
 here. --openvino runs every ONNX file that needs no library in OpenVINO, too; --compiled adds `torch.compile`. Rows are
 added to those of other models that --out holds. Beside the csv comes a PNG.
@@ -33,6 +34,8 @@ COLUMNS = (
     "batch",
     "threads",
     "images_per_second",
+    "slowest",
+    "fastest",
     "ratio",
     "difference",
     "file_mib",
@@ -120,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, time in times.items():
             row = {"model": args.model, "runtime": name, "batch": batch, "threads": args.threads}
             row |= {"images_per_second": round(batch / time.median, 2)}
+            row |= {"slowest": round(batch / time.slowest, 2), "fastest": round(batch / time.fastest, 2)}
             row |= {"ratio": round(times["eager"].median / time.median, 2)} | about.get(name, {})
             print(*row.values(), sep="  ")
             rows.append(row)

@@ -224,3 +224,12 @@ def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano"])
+def test_torchscript_of_exportable_models(name, tmp_path):
+    model = timm.create_model(name, num_classes=5, exportable=True, **SMALL[name]).eval()
+    images = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        torch.jit.trace(model, images).save(tmp_path / "model.pt")
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(images), model(images), rtol=0, atol=1e-6)

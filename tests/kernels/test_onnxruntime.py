@@ -114,6 +114,21 @@ def test_causal_conv1d(reverse, silu, length, form):
     torch.testing.assert_close(run(model, feed, form), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_openvino_reads_the_portable_form(size):
+    openvino = pytest.importorskip("openvino")
+    batch, dim, height, width, n_state = size
+    inputs = [randn(batch, height * width, dim), randn(batch, height * width, dim) + 1]
+    inputs += [randn(batch, height * width, 2 * (3 + 2 * n_state)), *image_scan_parameters(2, dim, n_state, 3)]
+    model, feed = one_node("BidirectionalScan", inputs)
+    as_functions(model)
+    core = openvino.Core()
+    read = core.read_model(inline(model).SerializeToString(), b"")
+    y = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(feed)[0]
+    expected = ssm_ops.bidirectional_scan(*inputs, impl="reference")
+    torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_bits_do_not_depend_on_threads_and_no_images_are_none():
     inputs = [randn(2, 9, 48), randn(2, 9, 48), randn(2, 9, 2 * 5), *image_scan_parameters(2, 48, 2, 1)]
     results = []

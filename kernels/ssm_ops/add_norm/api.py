@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._common import check_beside, check_floating, state_dtype
+from .._common import FLOATING, check_beside, check_floating
 from .._library import SINGLE_AND_HALF, declare, resolve, runs_eagerly
 from .impl import reference
 
@@ -33,7 +33,7 @@ def add_norm(
     Args:
         x: (..., C), float32, float16, bfloat16 or float64.
         branch: shape of x, float32, float16, bfloat16 or float64; None for the norm of x.
-        weight, bias: (C,), in the dtype of x or in float32 (float64 where x is), or None.
+        weight, bias: (C,), of any of these dtypes, or None.
         out_dtype: of the normed result; None is that of the sum.
         impl: "auto", "cpu" (not in float64), or "reference", which is plain PyTorch. "cpu" is for inference: where a
             derivative is wanted, or the call is compiled, exported or transformed, "auto" takes the reference, whose
@@ -69,9 +69,8 @@ def _check(x, branch, weight, bias) -> None:
     if branch is not None:
         check_floating("add_norm", "branch", branch)
         check_beside("add_norm", "x", x, {"branch": (branch, [x.shape], (branch.dtype,))})
-    dtypes = (x.dtype, state_dtype(x.dtype))
-    for name, t in (("weight", weight), ("bias", bias)):
-        check_beside("add_norm", "x", x, {name: (t, [x.shape[-1:]], dtypes)})
+    parameters = {"weight": weight, "bias": bias}
+    check_beside("add_norm", "x", x, {name: (t, [x.shape[-1:]], FLOATING) for name, t in parameters.items()})
 
 
 ADD_NORM = declare("add_norm", __package__, SINGLE_AND_HALF, cpu=("cpu",), reference=None)
