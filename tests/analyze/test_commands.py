@@ -120,7 +120,7 @@ def test_get_ckpt(quickstart, monkeypatch, capsys):
         ("erf", "erf.csv", 5 * 4),
         ("scaleup", "scaleup.csv", 6),
         ("tp", "tp.csv", 3 * 3 * 2),
-        ("flops", "flops.csv", 29),
+        ("flops", "flops.csv", 28),
         ("features", None, 0),
         ("loop_overhead", None, 0),
         ("backbone_memory", "backbone_memory.csv", 1),

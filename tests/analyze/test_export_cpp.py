@@ -1,7 +1,9 @@
 """docs/deploy: a C++ program without Python gives the logits of the model."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,9 @@ def test_the_program_is_short():
 @pytest.fixture(scope="module")
 def program(tmp_path_factory) -> Path:
     built = tmp_path_factory.mktemp("program") / "predict"
-    subprocess.run(["bash", DEPLOY / "build.sh", built], check=True, timeout=300)
+    subprocess.run(
+        ["bash", DEPLOY / "build.sh", built], env=os.environ | {"PYTHON": sys.executable}, check=True, timeout=300
+    )
     return built
 
 
