@@ -5,7 +5,7 @@ import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="also the tests marked full, as CI does")
+    parser.addoption("--all", action="store_true", help="also the tests marked full")
 
 
 @pytest.fixture(autouse=True)
