@@ -267,7 +267,8 @@ def no_autocast(device_type: str):
 
 def runs_eagerly(*tensors: torch.Tensor | None) -> bool:
     """Whether a call may be computed by what has no derivative and no name for PyTorch: nobody wants a derivative of
-    `tensors`, and nobody looks at the operators, as compilers, tracers, transforms and counters do."""
+    `tensors`, which are more than shapes, and nobody looks at the operators, as compilers, tracers, transforms and
+    counters do."""
     given = [t for t in tensors if t is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return False
@@ -275,7 +276,7 @@ def runs_eagerly(*tensors: torch.Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in _PLAIN for t in given)
+    return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in _PLAIN and not t.is_meta for t in given)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -86,6 +86,11 @@ def test_gradcheck_of_the_reference_twice():
     assert torch.autograd.gradgradcheck(lambda *a: silu_gate(*a, scale=0.5), (y, z))
 
 
+def test_shapes_alone():
+    with torch.no_grad():
+        assert silu_gate(*(t.to("meta") for t in inputs(2, 5, 24, torch.float32))).shape == (2, 5, 24)
+
+
 def test_opcheck():
     impl = resolve(api.SILU_GATE, "auto", torch.device("cpu"), torch.float32)
     y, z = inputs(2, 5, 24, torch.float32)
