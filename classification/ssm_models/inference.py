@@ -21,13 +21,13 @@ def for_inference(model: Model, dtype: torch.dtype = torch.float32) -> Model:
 
     The weights of linear maps and convolutions are brought into oneDNN's order once instead of by every call, what the
     scans need of their parameters is computed once, and BatchNorm is folded into the convolutions. The copy keeps the
-    class, its methods and its results; it has no gradients, no state dict, and cannot be compiled or exported: those
-    are for the model it was made from. Its memory is about that of the model.
+    class, its methods and its results; it has no gradients, no state dict, and is neither compiled nor exported:
+    those are for the model it was made from. Layers of other libraries stay as they are.
 
     Args:
         model: in eval mode, float32 weights on the CPU. A model that was prepared already is returned as it is.
-        dtype: of the products: torch.float32, or torch.bfloat16 for what autocast gives (norms, scans and the residual
-            stream stay in float32). The copy keeps to it whatever autocast says around it.
+        dtype: of the products: torch.float32, or torch.bfloat16 for what autocast gives (norms and scans compute in
+            float32). The copy keeps to it whatever autocast says around it.
 
     Raises:
         ValueError: the model is in training mode, not on the CPU, not in float32, or prepared for another dtype.
@@ -76,6 +76,8 @@ class Prepared:
     inference_dtype: torch.dtype
 
     def _precision(self) -> torch.autocast:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise RuntimeError("a prepared model cannot be compiled or exported; take the one it was made from")
         return torch.autocast("cpu", torch.bfloat16, enabled=self.inference_dtype == torch.bfloat16)
 
     def train(self, mode: bool = True):

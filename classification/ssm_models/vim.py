@@ -320,7 +320,7 @@ class VisionMamba(TimmModel):
 
     def _final_norm(self, x: Tensor) -> Tensor:
         """Of the residual stream; RMSNorm brings its result to the dtype of the weights itself."""
-        return self.norm_f(x if isinstance(self.norm_f, RMSNorm) else x.to(self.patch_embed.proj.weight.dtype))
+        return self.norm_f(x if isinstance(self.norm_f, RMSNorm) else x.to(self.layers[0].norm.weight.dtype))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Normed tokens (B, L, C) -> logits (B, num_classes); of every token (B, L, num_classes) without pooling.
@@ -393,7 +393,7 @@ class VisionMamba(TimmModel):
 
     def _stream(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """The residual stream behind a block in the dtype of the weights, as the norms give it."""
-        return (residual + hidden).to(self.patch_embed.proj.weight.dtype)
+        return (residual + hidden).to(self.layers[0].norm.weight.dtype)
 
     # ---- what timm expects of a model ----
 

@@ -66,6 +66,33 @@ def test_bfloat16_is_what_autocast_gives(name):
     assert own <= 1.5 * autocast
 
 
+@needs_bfloat16
+@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano"])
+def test_features_of_bfloat16_have_the_dtypes_that_autocast_gives(name):
+    model, x = random_model(name), torch.randn(1, 3, 32, 32)
+    prepared = for_inference(model, torch.bfloat16)
+    with torch.no_grad():
+        got = [prepared(x), *prepared.forward_intermediates(x, intermediates_only=True)]
+        with torch.autocast("cpu", torch.bfloat16):
+            want = [model(x), *model.forward_intermediates(x, intermediates_only=True)]
+    assert [t.dtype for t in got] == [t.dtype for t in want]
+
+
+@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano"])
+def test_a_prepared_model_takes_another_head_and_no_images(name):
+    prepared = for_inference(random_model(name))
+    prepared.reset_classifier(3)
+    with torch.no_grad():
+        assert prepared(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+        assert prepared(torch.randn(0, 3, 32, 32)).shape == (0, 3)
+
+
+def test_layers_of_others_stay():
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Linear(16, 16)).eval()
+    prepared = for_inference(other)
+    assert type(prepared[0]) is nn.Conv2d and type(prepared[2]) is linear.PackedLinear
+
+
 def test_twice_is_once_and_another_dtype_is_refused():
     prepared = for_inference(random_model("vim_nano"))
     assert for_inference(prepared) is prepared
@@ -99,6 +126,12 @@ def test_what_a_prepared_model_refuses():
         copy.deepcopy(prepared)
     with pytest.raises(RuntimeError, match="has no gradients"):
         prepared(torch.randn(1, 3, 32, 32, requires_grad=True))
+    x = torch.randn(1, 3, 32, 32)
+    for make in (torch.export.export, torch.jit.trace):
+        with pytest.raises(Exception, match="cannot be compiled or exported; take the one it was made from"):
+            make(prepared, (x,))
+    with torch.no_grad():  # a compiler that may leave parts to Python leaves all of it
+        torch.testing.assert_close(torch.compile(prepared, backend="eager")(x), prepared(x))
 
 
 def test_a_prepared_model_holds_its_weights_once():

@@ -87,7 +87,7 @@ class TimmModel(nn.Module):
 
     def _device_and_dtype(self) -> dict[str, torch.device | torch.dtype]:
         """Of the model's weights, for layers that join later."""
-        weight = next(self.patch_embed.parameters())
+        weight = next(self.layers.parameters())
         return {"device": weight.device, "dtype": weight.dtype}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
