@@ -47,7 +47,7 @@ class Buffer(ctypes.Structure):
 
 # ---- csrc/cpu -------------------------------------------------------------------------------------------------------
 
-CPU_VERSION = 2
+CPU_VERSION = 3
 BLOCK = 16
 """Channels side by side."""
 CPU_CHUNK = 64
@@ -86,6 +86,21 @@ class StateMap(ctypes.Structure):
     @classmethod
     def of(cls, x: Tensor) -> StateMap:
         return cls(x.data_ptr(), dtype_code(x), tuple(x.shape), *x.stride())
+
+
+class Rows(ctypes.Structure):
+    """(B, L, H, P) of any strides but the last, which is 1."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("dtype", c_int64),
+        ("size", c_int64 * 4),
+        *_fields(c_int64, "batch", "token", "head"),
+    ]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        return cls(x.data_ptr(), dtype_code(x), tuple(x.shape), *x.stride()[:-1])
 
 
 class ScanArguments(ctypes.Structure):
@@ -151,6 +166,16 @@ class Ss2dArguments(ctypes.Structure):
     ]
 
 
+class NcSsdArguments(ctypes.Structure):
+    _fields_ = [
+        *_fields(Rows, "x", "B", "C", "dy"),
+        ("dt", Map),
+        *_fields(Buffer, "A", "D", "bias", "sums", "turned", "state", "out", "dx", "dB", "dC", "ddt", "dA", "dD"),
+        *_fields(c_int64, "batch", "length", "heads", "channels", "groups", "state_size", "parts", "tiles"),
+        *_fields(c_int32, "softplus", "positive", "threads"),
+    ]
+
+
 # ---- csrc/cuda ------------------------------------------------------------------------------------------------------
 
 CUDA_VERSION = 3
@@ -209,8 +234,8 @@ _SHARED = {"MAX_STATE": MAX_STATE, "Buffer": ctypes.sizeof(Buffer)}
 _SHARED |= {str(dtype).removeprefix("torch.").upper(): code for dtype, code in DTYPES.items()}
 
 _CPU_STRUCTURES = (
-    *(Map, StateMap, ScanArguments, ConvArguments),
-    *(GateArguments, NormArguments, CrossArguments, Ss2dArguments),
+    *(Map, StateMap, Rows, ScanArguments, ConvArguments),
+    *(GateArguments, NormArguments, CrossArguments, Ss2dArguments, NcSsdArguments),
 )
 
 AGREED = {

@@ -18,12 +18,14 @@ extern "C" SSM_EXPORT const Agreement* ssm_ops_abi() {
         {"Buffer", sizeof(Buffer<float>)},
         {"Map", sizeof(Map)},
         {"StateMap", sizeof(StateMap)},
+        {"Rows", sizeof(Rows)},
         {"ScanArguments", sizeof(ScanArguments)},
         {"ConvArguments", sizeof(ConvArguments)},
         {"GateArguments", sizeof(GateArguments)},
         {"NormArguments", sizeof(NormArguments)},
         {"CrossArguments", sizeof(CrossArguments)},
         {"Ss2dArguments", sizeof(Ss2dArguments)},
+        {"NcSsdArguments", sizeof(NcSsdArguments)},
         {nullptr, 0},
     };
     return all;

@@ -84,6 +84,19 @@ SSM_INLINE void store_some(E* to, Lanes x, int64_t count) {
     std::memcpy(to, all, sizeof(E) * count);
 }
 
+// Sixteen numbers of a tensor whose type is known only here: one comparison for as many, and always with the same end.
+SSM_INLINE Lanes load_any(const void* from, int64_t dtype, int64_t at, int64_t count) {
+    if (dtype == FLOAT32) return load_some(static_cast<const float*>(from) + at, count);
+    if (dtype == BFLOAT16) return load_some(static_cast<const Bfloat16*>(from) + at, count);
+    return load_some(static_cast<const Float16*>(from) + at, count);
+}
+
+SSM_INLINE void store_any(void* to, int64_t dtype, int64_t at, Lanes x, int64_t count) {
+    if (dtype == FLOAT32) return store_some(static_cast<float*>(to) + at, x, count);
+    if (dtype == BFLOAT16) return store_some(static_cast<Bfloat16*>(to) + at, x, count);
+    store_some(static_cast<Float16*>(to) + at, x, count);
+}
+
 // The same for SIDE vectors.
 template <typename E>
 SSM_INLINE Group load_group_some(const E* from, int64_t count) {

@@ -7,7 +7,7 @@
 
 #include "../buffers.h"
 
-constexpr int VERSION = 2;
+constexpr int VERSION = 3;
 constexpr int BLOCK = 16;       // channels side by side
 constexpr int CHUNK = 64;       // tokens between two saved states
 constexpr int MAX_STATE = 256;  // N
@@ -26,6 +26,13 @@ struct StateMap {
     const float* data;
     int64_t dtype, size[4];
     int64_t batch, group, state, time;
+};
+
+// A tensor (batch, token, head, number) of float32, float16 or bfloat16, whose numbers lie side by side
+struct Rows {
+    const void* data;
+    int64_t dtype, size[4];
+    int64_t batch, token, head;
 };
 
 struct ScanArguments {
@@ -89,6 +96,18 @@ struct Ss2dArguments {
     Buffer<float> ddt_weight, dA, dD, dbias;  // (B, K, D, R), (B, K, D, N), (B, K, D), (B, K, D): the caller adds samples
     int64_t batch, dim, length, state, rank, parts, routes;
     int32_t threads;
+};
+
+struct NcSsdArguments {
+    Rows x, B, C, dy;                         // (B, L, H, P), (B, L, G, N) twice, (B, L, H, P)
+    Map dt;                                   // (B, H, L)
+    Buffer<const float> A, D, bias;           // (H), (H, P) or absent, (H) or absent
+    Buffer<float> sums, turned;               // (parts, B, H, N, P'), (2, B, H, P', N'): P, N up to multiples of BLOCK
+    Buffer<const float> state;                // (B, H, N, P')
+    Buffer<void> out, dx, dB, dC;             // (B, L, H, P) twice, (B, L, G, N) twice, each of its own dtype
+    Buffer<float> ddt, dA, dD;                // (B, L, H), (B, tiles, H), (B, tiles, H, P): the caller adds the tiles
+    int64_t batch, length, heads, channels, groups, state_size, parts, tiles;
+    int32_t softplus, positive, threads;
 };
 
 inline void check_map(Check& c, const char* name, const Map& map, int64_t batch, int64_t dim, int64_t length,

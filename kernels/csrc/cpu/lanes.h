@@ -82,6 +82,14 @@ SSM_INLINE Lanes minus_magnitude(Lanes x) {
     return x;
 }
 
+SSM_INLINE float sum_of(Lanes x) {
+    alignas(64) float all[W];
+    store(all, x);
+    for (int width = W / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) all[i] += all[i + width];
+    return all[0];
+}
+
 // ---- functions ------------------------------------------------------------------------------------------------------
 
 // Several vectors that go through a function side by side, as far as there are registers: its steps depend on each

@@ -50,9 +50,10 @@ def nc_ssd(
         positive: the sign of the weights; True is that of all published VSSD models.
         bfloat16_products: multiply bfloat16 inputs as they are, for processors that have units for it. All that is
             multiplied is rounded to bfloat16, w x and the state too, and so is, once, what comes out; the sums of a
-            product are float32. Inputs of other dtypes: no effect.
+            product are float32. No effect on other dtypes, nor on the CPU library, whose products are float32.
         out_dtype: of the result; None is that of x.
-        impl: "auto" or "reference", which is plain PyTorch without a custom operator, also under ``torch.export``.
+        impl: "auto", "cpu" (not in float64) or "reference", which is plain PyTorch without a custom operator, also under
+            ``torch.export``.
 
     Returns:
         (B, L, H, P), contiguous.
@@ -61,8 +62,8 @@ def nc_ssd(
     It and all sums are kept in float32 (float64 for float64 inputs), whatever autocast says; but see
     `bfloat16_products`. Gradients come in the dtype of their input. The same call gives the same bits.
 
-    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
-    is the reference's work, see `_autograd.py`.
+    Can be differentiated any number of times, also by `torch.func` and in forward mode. The first gradient is computed by
+    the chosen implementation, all others by the reference (see `_autograd.py`).
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, named.
@@ -77,14 +78,14 @@ def nc_ssd(
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-# `state` is what the backward needs besides the inputs: the sum over all tokens, (B, H, P, N), fp32 (fp64 for fp64).
+# `state` is what the backward needs besides the inputs: the sum over all tokens, (B, H, N, P), fp32 (fp64 for fp64).
 
-NC_SSD = declare("nc_ssd", __package__, SINGLE_AND_HALF, reference=None)
+NC_SSD = declare("nc_ssd", __package__, SINGLE_AND_HALF, cpu=("cpu",), reference=None)
 
 
 def _fake_fwd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products, out_dtype, impl):
     batch, _, heads, head_dim = x.shape
-    state = x.new_empty((batch, heads, head_dim, B.shape[3]), dtype=state_dtype(x.dtype))
+    state = x.new_empty((batch, heads, B.shape[3], head_dim), dtype=state_dtype(x.dtype))
     return x.new_empty(x.shape, dtype=out_dtype), state
 
 

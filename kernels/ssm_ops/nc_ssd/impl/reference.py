@@ -52,12 +52,12 @@ class _Inputs:
 def forward(
     x, dt, A, B, C, D, dt_bias, dt_softplus: bool, positive: bool, bfloat16_products: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(out (B, L, H, P), state (B, H, P, N))"""
+    """(out (B, L, H, P), state (B, H, N, P))"""
     i = _Inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products)
     state = i.product(i.B.mT, (i.weight.unsqueeze(-1) * i.x).flatten(3))
     y = i.split_heads(i.product(i.C, state))
     y = y if D is None else torch.addcmul(y, i.D, i.x)
-    per_head = state.unflatten(3, i.x.shape[3:]).permute(0, 3, 1, 4, 2).flatten(1, 2)
+    per_head = state.unflatten(3, i.x.shape[3:]).permute(0, 3, 1, 2, 4).flatten(1, 2)
     return _from_groups(y).to(out_dtype).contiguous(), per_head.contiguous()
 
 
@@ -67,7 +67,7 @@ def backward(
     """Gradients of (x, dt, A, B, C, D, dt_bias); absent ones as tensors without elements."""
     i = _Inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products)
     dy = i.to_groups(dout)
-    state = state.unflatten(1, (-1, i.groups)).permute(0, 2, 4, 1, 3).flatten(3)  # (B, G, N, E * P)
+    state = state.unflatten(1, (-1, i.groups)).permute(0, 2, 3, 1, 4).flatten(3)  # (B, G, N, E * P)
 
     d_state = i.product(i.C.mT, dy.flatten(3))
     dC = i.product(dy.flatten(3), state.mT)
