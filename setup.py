@@ -4,22 +4,27 @@ The libraries are installed always; in an editable install (`-e`) also the scrip
 scripts and tests find each other from any folder.
 
 SSM_OPS_BUILD=auto|none|cpu|cuda|onnxruntime chooses what to compile. "auto" builds the CPU library, that for ONNX
-Runtime, and the CUDA library (half a minute) where there are nvcc and a torch with CUDA, and installs without what
-fails; a name makes its failure an error, which shows the reason. Building needs no GPU: TORCH_CUDA_ARCH_LIST says for
-which ones; without it, ARCHITECTURES.
+Runtime, and where there is nvcc the CUDA library (half a minute), and installs without what fails; a name makes its
+failure an error, which shows the reason. Building needs no GPU: TORCH_CUDA_ARCH_LIST says for which ones; without it,
+ARCHITECTURES. pip hides what a build prints, so ssm_ops/_built.json keeps what was left out and why, for
+`python -m ssm_ops`.
 """
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 LIBRARIES = {
     "ssm_ops": "kernels",
@@ -31,10 +36,11 @@ SCRIPTS = ("detection", "segmentation", "analyze")
 BUILDS = ("auto", "none", "cpu", "cuda", "onnxruntime")
 SHARED_HEADERS = [Path("kernels/csrc/buffers.h")]
 ARCHITECTURES = ("80", "86", "89", "90", "100")
+NO_NVCC = "nvcc was found neither in CUDA_HOME nor on the PATH"
 
-build = os.environ.get("SSM_OPS_BUILD", "auto")
-if build not in BUILDS:
-    sys.exit(f"SSM_OPS_BUILD={build!r} is not one of {', '.join(BUILDS)}")
+asked = os.environ.get("SSM_OPS_BUILD", "auto")
+if asked not in BUILDS:
+    sys.exit(f"error: SSM_OPS_BUILD={asked!r} is not one of {', '.join(BUILDS)}")
 
 packages = []
 for library, where in LIBRARIES.items():
@@ -58,7 +64,7 @@ def cpu_extension() -> Extension:
         depends=sorted(map(str, [*folder.glob("*.h"), *SHARED_HEADERS])),
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
-        optional=build == "auto",
+        optional=asked == "auto",
     )
 
 
@@ -74,7 +80,7 @@ def onnxruntime_extension() -> Extension:
         depends=[*cpu.depends, *sorted(map(str, folder.glob("*.h")))],
         extra_compile_args=[flag for flag in cpu.extra_compile_args if flag != "-fopenmp"],
         extra_link_args=["-Wl,-Bsymbolic"] if linux else [],  # its kernels, not those of the CPU library beside it
-        optional=build == "auto",
+        optional=asked == "auto",
     )
 
 
@@ -97,15 +103,49 @@ def architecture_flags(nvcc: str) -> list[str]:
 
 
 class BuildExtensions(build_ext):
-    """Sources in .cu go through nvcc, two at a time, into a shared library like that of the CPU."""
+    """Plain shared libraries with C interfaces. Sources in .cu go through nvcc, two at a time."""
+
+    def run(self):
+        if asked == "cuda" and find_nvcc() is None:
+            raise CompileError(
+                f"SSM_OPS_BUILD=cuda: {NO_NVCC}: install NVIDIA's CUDA toolkit, set CUDA_HOME to it, or build for the "
+                "CPU: SSM_OPS_BUILD=cpu"
+            )
+        self.left_out = {} if WHY_NO_CUDA is None else {"cuda": WHY_NO_CUDA}
+        super().run()
+        package = Path(self.get_ext_fullpath("ssm_ops._built")).parent  # in an editable install that of the checkout
+        for ext in self.extensions:
+            target = Path(self.get_ext_fullpath(ext.name))
+            # named for one version of Python by an earlier setup.py; Python would take it before this one
+            for other in target.parent.glob(f"{target.stem}.*{target.suffix}") if target.exists() else ():
+                other.unlink()
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "_built.json").write_text(json.dumps({"asked": asked, "left_out": self.left_out}, indent=1) + "\n")
+
+    def get_ext_filename(self, fullname):
+        """Without a version of Python, of which the libraries know nothing."""
+        return str(Path(*fullname.split("."))) + EXTENSION_SUFFIXES[-1]
+
+    def get_export_symbols(self, ext):
+        """No PyInit_*: they are no modules of Python."""
+        return ext.export_symbols
 
     def build_extension(self, ext):
-        if not ext.sources[0].endswith(".cu"):
-            return super().build_extension(ext)
+        try:
+            if not ext.sources:
+                raise CompileError(f"the sources of {ext.name} are not here: take a checkout or an sdist")
+            if ext.sources[0].endswith(".cu"):
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
+        except (BaseError, CCompilerError) as error:
+            name = ext.name.removeprefix("ssm_ops._")
+            self.left_out[name] = f"{' '.join(str(error).split())}; SSM_OPS_BUILD={name} shows why"
+            raise
+
+    def build_cuda(self, ext):
         target, folder = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp, "cuda")
         nvcc = find_nvcc()
-        if nvcc is None:
-            raise CompileError("nvcc was found neither in CUDA_HOME nor on the PATH")
         for where in (folder, target.parent):
             where.mkdir(parents=True, exist_ok=True)
         objects = [str(folder / f"{Path(source).stem}.o") for source in ext.sources]
@@ -118,9 +158,23 @@ class BuildExtensions(build_ext):
     def run_command_line(self, command: list[str]) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            if build != "auto":
+            if asked != "auto":
                 print(done.stdout, file=sys.stderr)
-            raise CompileError(f"nvcc failed on {command[-3]}; SSM_OPS_BUILD=cuda shows why")
+            raise CompileError(f"nvcc failed on {command[-3]}")
+
+
+class Build(build):
+    def run(self):
+        """A wheel is all that lies in this folder: also a module that is gone, a library that is not asked for now."""
+        if Path(self.build_lib).exists():
+            shutil.rmtree(self.build_lib)
+        super().run()
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        """One wheel serves all versions of Python: its libraries are loaded by ctypes and use nothing of Python's."""
+        return ("py3", "none", super().get_tag()[2])
 
 
 def cuda_extension() -> Extension:
@@ -130,29 +184,30 @@ def cuda_extension() -> Extension:
         sources=sorted(map(str, folder.glob("*.cu"))),
         depends=sorted(map(str, [*folder.glob("*.cuh"), *SHARED_HEADERS])),
         extra_compile_args=["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"],
-        optional=build == "auto",
+        optional=asked == "auto",
     )
 
 
-def wants_cuda() -> bool:
-    """The answer of "auto"; torch is imported only where there is a compiler, as that takes seconds."""
+def why_no_cuda() -> str | None:
+    """Why "auto" builds no CUDA library; torch is imported only where there is a compiler, as that takes seconds."""
     if find_nvcc() is None:
-        return False
+        return NO_NVCC
     try:
         import torch
-    except ImportError:  # an isolated build does not see the installed one
-        print("ssm_ops: no torch is visible here, so no CUDA library; SSM_OPS_BUILD=cuda builds it", file=sys.stderr)
-        return False
-    return torch.version.cuda is not None
+    except ImportError:  # an isolated build does not see the torch that it is for; where nvcc is, that may have CUDA
+        return None
+    return None if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
 
 
-extensions = [cpu_extension()] if build in ("auto", "cpu") else []
-extensions += [onnxruntime_extension()] if build in ("auto", "onnxruntime") else []
-extensions += [cuda_extension()] if build == "cuda" or (build == "auto" and wants_cuda()) else []
+WHY_NO_CUDA = why_no_cuda() if asked == "auto" else None
+
+extensions = [cpu_extension()] if asked in ("auto", "cpu") else []
+extensions += [onnxruntime_extension()] if asked in ("auto", "onnxruntime") else []
+extensions += [cuda_extension()] if asked == "cuda" or (asked == "auto" and WHY_NO_CUDA is None) else []
 
 setup(
     packages=packages,
     package_dir={library: f"{where}/{library}" for library, where in LIBRARIES.items()},
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build": Build, "build_ext": BuildExtensions, "bdist_wheel": Wheel},
 )

@@ -12,7 +12,7 @@ import torch
 
 import ssm_ops
 
-from . import _trust
+from . import _built, _trust
 from ._library import BUILD_COMMAND, DEFAULT_IMPL, IMPLS, OPERATORS, Operator, preferred, why_unavailable
 
 
@@ -49,6 +49,7 @@ def report() -> str:
         f"ssm_ops {ssm_ops.__version__}, torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}), "
         f"Python {platform.python_version()}",
         f"auto prefers: {'the fastest' if DEFAULT_IMPL == 'auto' else DEFAULT_IMPL} (SSM_OPS_IMPL)",
+        *_built.describe(),
     ]
     for device, description in devices():
         lines += ["", description]

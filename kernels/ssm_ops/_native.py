@@ -11,6 +11,7 @@ import importlib.util
 
 import torch  # noqa: F401  before the libraries: they share its OpenMP (same soname), so there is one pool of threads
 
+from ._built import build_command
 from ._interface import AGREED
 
 
@@ -20,7 +21,7 @@ class _Agreement(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_int64)]
 
 
-BUILD_COMMAND = "pip install -e . --no-build-isolation"
+BUILD_COMMAND = build_command()
 
 
 def load(path: str, agreed: dict[str, int]) -> tuple[ctypes.CDLL | None, str | None]:

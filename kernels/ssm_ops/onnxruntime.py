@@ -13,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 
-BUILD_COMMAND = "SSM_OPS_BUILD=onnxruntime pip install -e . --no-build-isolation"
+from ._built import build_command
+
+BUILD_COMMAND = f"SSM_OPS_BUILD=onnxruntime {build_command()}"
 DOMAIN = "ssm_ops"
 VERSION = 1
 """Of the operators, as csrc/onnxruntime/runtime.h says. Nodes carry it, and a library refuses those of another one."""

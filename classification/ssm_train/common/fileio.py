@@ -5,7 +5,6 @@ A kill leaves what was written aside, `.tmp-*`; whoever locks the folder next re
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -17,11 +16,24 @@ from typing import Any, BinaryIO
 
 from ssm_train.common.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 # what the operating system says when the disk, the quota or the file-size limit is used up
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# ... and when the file system has no links, as those of memory cards and some network drives
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # how the names of what is being written begin
 ASIDE = ".tmp-"
 LOCK, _LOCK_BYTES = ".lock", 256
+# Windows lets nobody read what is locked: a byte that no text reaches
+_LOCKED = 1 << 20
+# O_BINARY keeps Windows from translating the ends of lines. It lacks the other two, but has no pipes in folders either
+_OPEN = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -40,7 +52,7 @@ def open_regular(path: str | Path, follow: bool = False, buffering: int = -1) ->
     to be followed. Raises OSError, whose strerror says what it is instead."""
     if not follow and os.path.islink(path):
         raise OSError(errno.ELOOP, "a link, not a file", str(path))
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    handle = os.open(path, _OPEN | (0 if follow else _NO_FOLLOW))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -70,7 +82,9 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
+    """Make renames inside `folder` durable. Windows opens no folders, and does so by itself."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -91,13 +105,22 @@ def write_atomic(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def link_atomic(link: Path, target: str) -> None:
-    """Point the symlink `link` at the relative `target`, replacing an older link in one step."""
+def link_atomic(link: Path, target: str) -> bool:
+    """Point the symlink `link` at the relative `target`, replacing an older link in one step. False where there can be
+    none: some file systems have no links, and Windows asks for a right that users do not have."""
+    if os.name == "nt":
+        return False
     aside = link.with_name(f"{ASIDE}{os.getpid()}-{link.name}")
     aside.unlink(missing_ok=True)
-    os.symlink(target, aside)
+    try:
+        os.symlink(target, aside)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return False
+        raise
     os.replace(aside, link)
     sync_folder(link.parent)
+    return True
 
 
 def remove_asides(folder: Path) -> None:
@@ -105,6 +128,22 @@ def remove_asides(folder: Path) -> None:
     for path in folder.glob(f"{ASIDE}*"):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
+
+
+def lock_path(folder: Path) -> Path:
+    """The file that locks `folder`: inside, so that it moves along. On Windows, which moves no folder with an open file
+    in it, beside it."""
+    folder = folder.absolute()
+    return folder / LOCK if fcntl is not None else folder.with_name(f"{LOCK}-{folder.name}")
+
+
+def _take(file: BinaryIO) -> None:
+    """Lock an open file. Raises BlockingIOError or PermissionError where another process has."""
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        file.seek(_LOCKED)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 class FolderLock:
@@ -116,10 +155,10 @@ class FolderLock:
     def holds(self) -> bool:
         """Whether the folder under its name still is the one that was locked."""
         try:
-            found = os.stat(self.folder / LOCK)
+            found = os.stat(lock_path(self.folder))
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return os.path.samestat(found, os.fstat(self._file.fileno()))
+        return self.folder.is_dir() and os.path.samestat(found, os.fstat(self._file.fileno()))
 
 
 @contextlib.contextmanager
@@ -130,9 +169,9 @@ def folder_lock(folder: Path) -> Iterator[FolderLock]:
     flock(): the latter would live on in the loader's workers after a kill.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "ab+") as file:
+    with open(lock_path(folder), "ab+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
             owner = file.read(_LOCK_BYTES).decode(errors="replace").strip()

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import platform
-import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -15,9 +14,15 @@ import torch
 
 from ssm_train.common.distributed import local_processes
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # distribution name of this repository, when it is installed
 _DISTRIBUTION = "vision-ssm"
 # of containers, by the second and the first version of control groups
+_UNKNOWN_MEMORY = 8 * 2**30  # bytes; what a laptop has at least, for systems that do not tell
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -51,10 +56,12 @@ def usable_cores() -> int:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory that this process can have: of the GPU, or its share of the machine's or container's."""
+    """Memory that this process can have: of the GPU, or its share of the machine's or container's; of 8 GB where the
+    system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    known = hasattr(os, "sysconf")
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else _UNKNOWN_MEMORY]
     for path in _MEMORY_LIMITS:
         # there is no such file, or it says "max"
         with contextlib.suppress(OSError, ValueError):
@@ -63,9 +70,12 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory this process has used: allocated on a GPU, resident on a CPU, in MB (2**20 bytes)."""
+    """Most memory this process has used: allocated on a GPU, resident on a CPU, in MB (2**20 bytes); 0 where the
+    system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in units of 1024 bytes, macOS in bytes
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssm_train.common.errors import UserError
-from ssm_train.common.fileio import ASIDE, LOCK, folder_lock, sync_folder
+from ssm_train.common.fileio import ASIDE, folder_lock, lock_path, sync_folder
 
 
 class MadeMeanwhile(Exception):
@@ -30,7 +30,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         with folder_lock(aside):
             yield aside
-            (aside / LOCK).unlink()
+            if lock_path(aside).parent == aside:  # else it is no part of the folder, and open
+                lock_path(aside).unlink()
             try:
                 # replaces an empty folder; not by its absolute name, for the system refuses to replace "."
                 os.rename(aside, out)
@@ -41,3 +42,4 @@ def new_folder(out: Path) -> Iterator[Path]:
         sync_folder(final.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        lock_path(aside).unlink(missing_ok=True)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Windows has the first two
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 _WORKERS_GRACE = 60  # seconds
 _SAME_PRESS = 1.0  # seconds; a launcher passes on the Ctrl-C that the terminal sends to all processes anyway
 
@@ -15,9 +16,11 @@ _SAME_PRESS = 1.0  # seconds; a launcher passes on the Ctrl-C that the terminal 
 def leave_signals_to_trainer(worker: int) -> None:
     """For loader workers (`worker_init_fn`): a batch system signals all processes, and the trainer still needs them to
     finish its step. SIGTERM, which also ends workers that were left behind, takes effect a minute later."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKERS_GRACE))
+    for number in _SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # Windows ends processes without asking them
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_WORKERS_GRACE))
 
 
 class Preempted(Exception):

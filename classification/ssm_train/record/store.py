@@ -209,13 +209,31 @@ class CheckpointStore:
         one of the start as soon as there is another."""
         for name, position in positions.items():
             link = self.folder / name
-            if not link.is_symlink() or os.readlink(link) != position.name:
-                link_atomic(link, position.name)
+            linked = link.is_symlink() and os.readlink(link) == position.name
+            if not linked and not link_atomic(link, position.name):
+                self._copy(self.folder / position.name, link)
         everything = list(self.positions().items())
         for number, (position, path) in enumerate(everything, 1):
             superseded = number <= len(everything) - self._keep or position == Position(0)
             if superseded and position not in positions.values():
                 _remove(self._set_gone(path))
+
+    def _copy(self, folder: Path, link: Path) -> None:
+        """Where there are no links to folders: a folder of the same files, which is what copying a run makes of a link.
+        A kill on the way leaves none, and the run that goes on makes it again."""
+        if (link / META).is_file() and os.path.samefile(link / META, folder / META):
+            return
+        new = self.folder / f"{_NEW}{link.name}"
+        new.mkdir()
+        for path in folder.iterdir():
+            try:
+                os.link(path, new / path.name)
+            except OSError:  # not even links to files
+                shutil.copyfile(path, new / path.name)
+        if os.path.lexists(link):
+            _remove(self._set_gone(link))
+        os.rename(new, link)
+        sync_folder(self.folder)
 
     @contextlib.contextmanager
     def _new_folder(self, name: str) -> Iterator[Path]:
