@@ -12,21 +12,23 @@ from torchvision.transforms import functional as TF
 from analyze.inputs import run_config
 from ssm_train.common.decode import UNREADABLE, Decoder
 from ssm_train.common.errors import UserError
-from ssm_train.config.defaults import channels
+from ssm_train.common.image_names import SUFFIXES, is_hidden, is_image
+from ssm_train.data.build import decoder
 from ssm_train.data.sources.base import read_range
 
-RGB = Decoder(option="--range")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+RGB = Decoder(option="--range", upright=True)
 
 
 def find_images(paths: Iterable[Path]) -> list[Path]:
-    """Files as they are, and of folders all images below them, sorted. UserError where there is none."""
+    """Files as they are, and of folders all images below them, sorted, without hidden ones. UserError where there is
+    none."""
     found = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if is_image(p.name) and p.is_file())
+            inside = [p for p in inside if not any(map(is_hidden, p.relative_to(path).parts))]
             if not inside:
-                raise UserError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+                raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)})")
             found += inside
         elif path.exists():
             found.append(path)
@@ -36,13 +38,14 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
 
 
 def image_decoder(checkpoint: Path | None, asked: Sequence[float] | None = None) -> Decoder:
-    """How images are read for the model of a checkpoint: RGB, or grey as its run read them, and with the range of
-    `asked` (--range) or else of that run. UserError for what is no range."""
+    """How images are read for the model of a checkpoint: as its run read them (RGB or grey, upright or as stored), for
+    other weights in RGB and upright; with the range of `asked` (--range) or else of that run. UserError for what is no
+    range."""
     cfg = run_config(checkpoint)
     if asked is not None and not asked[0] < asked[1]:
         raise UserError(f"--range {asked[0]:g} {asked[1]:g}: the first value must be below the second")
-    of_run = None if cfg is None else tuple(cfg.DATA.RANGE) or None
-    return Decoder(3 if cfg is None else channels(cfg), of_run if asked is None else tuple(asked), "--range")
+    trained = Decoder(upright=True) if cfg is None else decoder(cfg)
+    return trained._replace(range=trained.range if asked is None else tuple(asked), option="--range")
 
 
 def read_image(path: Path, decoder: Decoder = RGB) -> Image.Image:

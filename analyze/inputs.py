@@ -124,6 +124,11 @@ def model_name(name: str | None, checkpoint: Path | None) -> str:
     return cfg.MODEL.NAME
 
 
+def weights_in_words(checkpoint: Path | None) -> str:
+    """What pictures call the weights of a model."""
+    return "random weights" if checkpoint is None else checkpoint.name
+
+
 def knows_its_model(checkpoint: Path) -> bool:
     """Is it a published name, or a checkpoint of ours, so that no --model is needed?"""
     return not is_path(checkpoint) or run_config(checkpoint) is not None

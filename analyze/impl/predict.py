@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from analyze import image_files, inputs
 from analyze.figures import check_png, save_figure
-from analyze.impl.predictions import Tile, denormalise, draw_sheet
 from analyze.quick import take_quick_run
 from analyze.tables import write_csv
 from ssm_models.printable import printable
 from ssm_train.common.errors import UserError
 from ssm_train.data.build import scan_split
 from ssm_train.data.transforms import Transform
+from ssm_train.record.checkpoint import META, best_or_itself, read_checkpoint
+from ssm_train.record.sheet import Tile, denormalise, draw_sheet
 
 _BATCH = 32
 ON_SHEET = 48  # images
@@ -36,8 +37,8 @@ class Answer(NamedTuple):
 
 
 def class_names(count: int, checkpoint: Path | None, file: Path | None) -> list[str]:
-    """The names of a model's `count` classes: the lines of `file`, else those of the data of the run that wrote
-    `checkpoint`, else ImageNet's where there are 1000, else "class 0" and so on. Raises UserError."""
+    """The names of a model's `count` classes: the lines of `file`, else those that the run that wrote `checkpoint`
+    recorded or that its data have, else ImageNet's where there are 1000, else "class 0" and so on. Raises UserError."""
     if file is not None:
         try:
             names = file.read_text().splitlines()
@@ -46,6 +47,9 @@ def class_names(count: int, checkpoint: Path | None, file: Path | None) -> list[
         if len(names) != count:
             raise UserError(f"--classes {file} has {len(names)} lines, but the model has {count} classes")
         return names
+    recorded = recorded_names(checkpoint)
+    if recorded is not None:
+        return recorded
     cfg = inputs.run_config(checkpoint)
     if cfg is not None:
         try:
@@ -56,6 +60,15 @@ def class_names(count: int, checkpoint: Path | None, file: Path | None) -> list[
         imagenet = ImageNetInfo()
         return [imagenet.index_to_description(index) for index in range(count)]
     return [f"class {index}" for index in range(count)]
+
+
+def recorded_names(checkpoint: Path | None) -> list[str] | None:
+    """The classes that a checkpoint of ours names, in the order of their labels; None for any other."""
+    folder = None if checkpoint is None else best_or_itself(checkpoint)
+    if folder is None or not (folder / META).is_file():
+        return None
+    labels = read_checkpoint(folder).meta["classes"]
+    return None if labels is None else sorted(labels, key=labels.__getitem__)
 
 
 @torch.inference_mode()

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode as CN
 
+from ssm_train.answering import Answers, write_answers
 from ssm_train.common import command
 from ssm_train.common.distributed import World, joined_world, restarts
 from ssm_train.common.errors import UserError
@@ -34,24 +35,28 @@ from ssm_train.common.preemption import StopRequest
 from ssm_train.config.load import FLAG_KEYS, load_config
 from ssm_train.continuation import find_checkpoint, refuse_existing_run
 from ssm_train.data.build import close_workers, eval_loader, scan_split
-from ssm_train.data.dataset import BadImages
+from ssm_train.data.dataset import BadImages, Batch
 from ssm_train.data.sources import FORMATS
+from ssm_train.record.answers import EVALUATED, summary_line
 from ssm_train.record.checkpoint import MODEL, MODEL_EMA, Checkpoint
 from ssm_train.record.logger import RunLog
-from ssm_train.record.results import description, evaluation_metrics, origin, summary, write_metrics
-from ssm_train.settle import as_before, as_trained, with_classes, with_machine, with_own_classes
-from ssm_train.start import prepare
+from ssm_train.record.progress import Passing
+from ssm_train.record.results import better_weights, description, evaluation_metrics, origin, summary, write_metrics
+from ssm_train.same_run import check_photographs
+from ssm_train.settle import as_before, as_trained, with_classes, with_epochs, with_machine, with_own_classes
+from ssm_train.start import Beginning, prepare
 from ssm_train.step.evaluate import validate
 from ssm_train.step.model import build_model
 from ssm_train.step.parallel import load_whole
 from ssm_train.step.pretrained import Loaded, Pretrained, start_from
 from ssm_train.step.speed import inference_speed, training_speed
-from ssm_train.trainer import Beginning, train
+from ssm_train.trainer import train
 
 _log = logging.getLogger(__name__)
 
 # a set of weights -> its name in the results
 _RECORDS = {"model": "model", "ema": "model_ema"}
+_MEASURED_EPOCH = 1000  # updates; a measurement of speed has no epochs, but the schedule wants some
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,9 +73,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cfg", required=True, metavar="FILE", help="e.g. configs/classification/vmamba/vmamba_tiny_s1l8.yaml")
     add("--opts", nargs="+", metavar="KEY VALUE", help="config keys and values, e.g. TRAIN.EPOCHS 100 MODEL.KWARGS.x 1")
     add("--data-path", metavar="FOLDER", help="holds train/<class>/* and val/<class>/*, or what --dataset names")
-    add("--dataset", choices=tuple(FORMATS), help="how DATA_PATH is laid out (folder)")
+    add("--dataset", choices=tuple(FORMATS), help="how DATA_PATH is laid out (folder); photos: <class>/*, to be split")
     add("--zip", action="store_const", const="zip", dest="dataset", help="the same as --dataset zip")
     add("--cache-mode", choices=("no", "part", "full"), help="bytes of an archive to hold in memory")
+    add("--img-size", type=int, metavar="S", help="side of the images in pixels")
+    add("--epochs", type=int, metavar="N")
+    add("--lr", type=float, metavar="RATE", help="TRAIN.BASE_LR, which most recipes give for 512 images an update")
     add("--batch-size", type=int, metavar="N", help="images per process and micro-step")
     add("--accumulation-steps", type=int, metavar="N", help="micro-steps per optimizer update")
     add("--output", metavar="FOLDER")
@@ -79,9 +87,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fresh", action="store_true", help="set a run that the run folder holds aside, and start anew")
     add("--allow-changes", action="store_true", help="with --resume: go on with other data or options than before")
     add("--pretrained", metavar="P", help="start from: run or checkpoint folder, .safetensors, .pth, published name")
+    add("--from-scratch", action="store_const", const="", dest="pretrained", help="begin with random weights")
     add("--which", choices=("model", "ema"), help="with --pretrained: plain or averaged weights (the better)")
     add("--allow-nonfinite", action="store_true", help="with --pretrained: take weights with nan or infinity, too")
-    add("--new-head", action="store_true", help="with --pretrained: keep a fresh classifier, for other classes")
+    add(
+        "--new-head",
+        action="store_true",
+        default=None,
+        help="with --pretrained: keep a fresh classifier, for other classes",
+    )
     add("--eval", action="store_true", help="validate the weights of --resume or --pretrained; no training")
     add("--throughput", action="store_true", help="measure inference images/s on synthetic images; no training")
     add("--traincost", action="store_true", help="measure training images/s and memory on synthetic images")
@@ -96,13 +110,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", default=None, help="torch.compile the model")
     add("--channels-last", action="store_true", default=None)
     add("--memory_limit_rate", type=float, metavar="SHARE", help="most GPU memory a process may take")
-    add("--device", choices=("cpu", "cuda"))
+    add("--device", choices=("cpu", "cuda", "mps"))
     # torch.distributed.launch adds this; the environment variable LOCAL_RANK says the same for every launcher
     add("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.eval and not (args.resume or args.pretrained):
         raise UserError("--eval needs weights: give --resume CHECKPOINT or --pretrained FILE")
-    if args.new_head and (args.eval or not args.pretrained):
+    if args.new_head and args.eval:
         raise UserError("--new-head goes with --pretrained FILE, to train a fresh classifier on its features")
     if (args.which or args.allow_nonfinite) and not args.pretrained:
         raise UserError("--which and --allow-nonfinite go with --pretrained")
@@ -140,6 +154,8 @@ def classify(argv: list[str] | None) -> None:
     args = parse_args(argv)
     args.command = shlex.join(["classification/main.py", *(sys.argv[1:] if argv is None else argv)])
     cfg = load_config(args.cfg, args.opts, {flag: getattr(args, flag) for flag in FLAG_KEYS})
+    if args.new_head and not cfg.MODEL.PRETRAINED:
+        raise UserError("--new-head goes with --pretrained FILE, to train a fresh classifier on its features")
     with (
         joined_world(cfg.DEVICE, cfg.MEMORY_SHARE, cfg.TIMEOUT) as world,
         world.together(lambda: RunLog(world.is_main, cfg.WANDB)) as log,
@@ -169,7 +185,7 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
     else:
         beginning = Beginning(
             checkpoint=checkpoint,
-            pretrained=_pretrained(args) if args.pretrained else None,
+            pretrained=_pretrained(args, cfg) if cfg.MODEL.PRETRAINED else None,
             fresh=args.fresh,
             allow_changes=args.allow_changes,
             command=args.command,
@@ -177,8 +193,9 @@ def run(args: argparse.Namespace, cfg: CN, world: World, log: RunLog) -> None:
         train(cfg, world, log, folder, beginning)
 
 
-def _pretrained(args: argparse.Namespace) -> Pretrained:
-    return Pretrained(Path(args.pretrained), args.which or "auto", args.new_head, args.allow_nonfinite)
+def _pretrained(args: argparse.Namespace, cfg: CN) -> Pretrained:
+    new_head = cfg.MODEL.NEW_HEAD and not args.eval
+    return Pretrained(Path(cfg.MODEL.PRETRAINED), args.which or "auto", new_head, args.allow_nonfinite)
 
 
 def evaluate(
@@ -187,10 +204,15 @@ def evaluate(
     """Validate the weights of the checkpoint or of --pretrained, plain and averaged ones where there are both, and
     write metrics.json."""
     start = time.perf_counter()
-    given = None if checkpoint else _pretrained(args)
-    cfg = world.together(lambda: as_trained(cfg, checkpoint or given.path, told=(args.opts or [])[::2]))
+    given = None if checkpoint else _pretrained(args, cfg)
+    told = {*(args.opts or [])[::2], *(FLAG_KEYS[flag] for flag in FLAG_KEYS if getattr(args, flag) is not None)}
+    cfg = world.together(lambda: as_trained(cfg, checkpoint or given.path, told))
     before = as_before(cfg, checkpoint)
     source = world.together(lambda: scan_split(before, "val"))
+    for note in source.notes:
+        _log.info("%s", note)
+    if checkpoint is not None and before.DATA.DATASET == "photos":
+        world.together(lambda: check_photographs(source, Path(before.DATA.DATA_PATH), checkpoint))
     cfg = with_machine(with_classes(before, len(source.classes)), world)
     network = world.together(lambda: build_model(cfg))
     pretrained = None
@@ -213,9 +235,20 @@ def evaluate(
         loader = eval_loader(cfg, source, world)
         stack.callback(close_workers, loader)
         bad = BadImages(world, len(source), None)
-        validated = validate(models, loader, amp, world, bad, StopRequest(), memory_format=memory_format)
+        answers = {name: Answers() for name in models}
+        passing = Passing("evaluation", len(models) * len(loader))
+
+        def watch(name: str, batch: Batch, logits: torch.Tensor) -> None:
+            answers[name].add(batch, logits)
+            passing()
+
+        stop = StopRequest()
+        validated = validate(models, loader, amp, world, bad, stop, memory_format=memory_format, watch=watch)
         records = {weights: asdict(accuracy) for weights, accuracy in validated.items()}
         seconds = time.perf_counter() - start
+        found = answers[better_weights(records)].of_all(world)
+        world.on_main(lambda: write_answers(folder, EVALUATED, source, found))
+        _log.info("recognised worst: %s", summary_line(found, source.classes))
         _log.info("%s: %s; %d images left out; %.1f s", weights_of, summary(records), bad.count, seconds)
         common = {
             "excluded": bad.count,
@@ -254,7 +287,8 @@ def open_folder(folder: Path, log: RunLog, stack: contextlib.ExitStack) -> None:
 
 def settled_alone(cfg: CN, world: World) -> CN:
     """The config of a measurement without data."""
-    return with_machine(world.together(lambda: with_own_classes(cfg)), world)
+    settled = with_machine(world.together(lambda: with_own_classes(cfg)), world)
+    return with_epochs(settled, _MEASURED_EPOCH)
 
 
 def report_throughput(cfg: CN, world: World) -> None:
@@ -268,7 +302,7 @@ def report_throughput(cfg: CN, world: World) -> None:
 
 def report_training_cost(cfg: CN, world: World) -> None:
     """Print training images/s of one process of the run, with its exchanges, and peak memory."""
-    run = prepare(cfg, world, updates_per_epoch=1000)
+    run = prepare(cfg, world, updates_per_epoch=_MEASURED_EPOCH)
     speed = training_speed(run, cfg, world)
     memory = peak_memory_mb(world.device)
     conditions = _conditions(cfg, run.amp, world)

@@ -88,7 +88,7 @@ def find_checkpoint(args: argparse.Namespace, cfg: CN, folder: Path) -> Checkpoi
                 f"--resume auto: {folder} holds {', '.join(found)}, but no valid checkpoint to continue from: give "
                 "--resume CHECKPOINT and another --output, or set that run aside with --fresh"
             )
-        _log.info("--resume auto: %s holds no run, starting from %s", folder, args.pretrained or "scratch")
+        _log.info("--resume auto: %s holds no run, starting from %s", folder, cfg.MODEL.PRETRAINED or "scratch")
         return None
     differing = model_differences(parse_config(checkpoint.meta["config"]), cfg)
     if differing:

@@ -17,10 +17,11 @@ from ssm_train.record.checkpoint import Checkpoint
 _log = logging.getLogger(__name__)
 
 # Options that change no result, or but by the rounding of another device: where things are, how they are shown, kept
-# and computed, when a run gives up. The batch counts by the images per update; the data by what is in them.
+# and computed, what it began with, when a run gives up. The batch counts by the images per update; the data by what is
+# in them.
 _FREE = {
     *("OUTPUT", "TAG", "PRINT_FREQ", "WANDB", "DEVICE", "COMPILE", "CHANNELS_LAST", "PARALLEL"),
-    *("MEMORY_SHARE", "TIMEOUT"),
+    *("MEMORY_SHARE", "TIMEOUT", "MODEL.PRETRAINED", "MODEL.NEW_HEAD", "TRAIN.UPDATES"),
     *("DATA.DATA_PATH", "DATA.DATASET", "DATA.CACHE_MODE", "DATA.NUM_WORKERS", "DATA.MAX_BAD_SHARE"),
     *("DATA.BATCH_SIZE", "TRAIN.ACCUMULATION_STEPS", "TRAIN.USE_CHECKPOINT", "TRAIN.SAVE_UPDATES"),
     *("TRAIN.KEEP_CHECKPOINTS", "TRAIN.MAX_NONFINITE", "TRAIN.MAX_ROLLBACKS"),
@@ -85,6 +86,24 @@ def check_resumed(
         )
     for each in found:
         _log.warning("changed since the checkpoint: %s", each)
+
+
+def check_photographs(source: ImageSource, root: Path, checkpoint: Checkpoint) -> None:
+    """Say so where the photographs to evaluate with, of the data in `root`, are not those of the run that wrote the
+    checkpoint. UserError for other classes: labels are positions in their names."""
+    labels, data = checkpoint.meta["classes"], checkpoint.meta["data"]
+    other = sorted(set(source.classes) ^ set(labels or source.classes))
+    if other:
+        where = "in the data, but not of" if other[0] in source.classes else "not in the data, but of"
+        raise UserError(f"class {other[0]!r} is {where} the run that wrote {checkpoint.folder}: give the same classes")
+    val = fingerprint(source, root)
+    if data is not None and data["val"]["image_names"] != val["image_names"]:
+        _log.warning(
+            "the validation images are not the %d of the run that wrote %s, but %d: it may have been trained on some",
+            data["val"]["images"],
+            checkpoint.folder,
+            val["images"],
+        )
 
 
 def _options(cfg: CN) -> dict[str, Any]:

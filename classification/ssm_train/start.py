@@ -1,10 +1,13 @@
 """Where a run starts: everything an update needs, built from the config or restored from a checkpoint."""
 
 import logging
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from yacs.config import CfgNode as CN
 
+from ssm_models.weights import is_path
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.precision import resolve_amp
@@ -24,6 +27,19 @@ from ssm_train.step.schedule import build_schedule, resolve_rates
 from ssm_train.step.state import restore_progress, restore_weights
 
 _log = logging.getLogger(__name__)
+
+
+class Beginning(NamedTuple):
+    """What a run begins with: a checkpoint, or given weights, or none."""
+
+    checkpoint: Checkpoint | None
+    pretrained: Pretrained | None
+    fresh: bool
+    """What the run folder holds is set aside."""
+    allow_changes: bool
+    """Data and options may be others than those of `checkpoint`."""
+    command: str
+    """The command line, for the records."""
 
 
 def images_per_update(cfg: CN, world: World) -> int:
@@ -98,7 +114,7 @@ def _build(
     network = build_model(cfg)
     loaded: Loaded | None = None
     if checkpoint is None and pretrained is not None:
-        loaded = start_from(network, cfg, pretrained)
+        loaded = _started(network, cfg, pretrained)
         _log.info("weights from %s", loaded)
     freeze(network, cfg)
     memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.preserve_format
@@ -143,9 +159,26 @@ def _build(
     return run
 
 
+def _started(network: nn.Module, cfg: CN, pretrained: Pretrained) -> Loaded:
+    """`start_from`; where a published name cannot be had, the message says how to go on without."""
+    try:
+        return start_from(network, cfg, pretrained)
+    except UserError as error:
+        if is_path(pretrained.path):
+            raise
+        raise UserError(f"{error}; or begin with --pretrained FILE, or with random weights: --from-scratch") from error
+
+
 def _schedule(optimizer: torch.optim.Optimizer, cfg: CN, world: World, updates_per_epoch: int):
     rates = resolve_rates(cfg.TRAIN, images_per_update(cfg, world))
     return build_schedule(optimizer, cfg.TRAIN, rates, updates_per_epoch)
+
+
+def weights_record(run: Training, checkpoint: Checkpoint | None) -> dict | None:
+    """The record of the weights that the run began with, in this process or in that of `checkpoint`."""
+    if checkpoint is not None:
+        return checkpoint.meta["pretrained"]
+    return None if run.loaded is None else run.loaded.record()
 
 
 def place(checkpoint: Checkpoint | None, updates_per_epoch: int, per_update: int) -> Position:

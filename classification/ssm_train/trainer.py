@@ -4,13 +4,15 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode as CN
 
+from ssm_train.answering import Answers, write_answers
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import FolderLock, folder_lock, to_json, write_atomic
@@ -21,11 +23,14 @@ from ssm_train.continuation import refuse_existing_run, set_aside
 from ssm_train.data.build import check_same_classes, close_workers, eval_loader, scan_split, train_loader
 from ssm_train.data.dataset import BadImages, Batch
 from ssm_train.data.prefetch import DeviceBatches
-from ssm_train.data.sources.base import ImageSource
-from ssm_train.record.checkpoint import Checkpoint, Position
+from ssm_train.data.sources import ImageSource, PhotoSource
+from ssm_train.data.sources.photos import write_split
+from ssm_train.next_steps import next_commands
+from ssm_train.record.answers import TRAINED, summary_line
+from ssm_train.record.checkpoint import Checkpoint, Position, read_checkpoint
 from ssm_train.record.guard import Guard, MicroStep, write_dump
 from ssm_train.record.logger import RunLog
-from ssm_train.record.progress import Progress
+from ssm_train.record.progress import Passing, Progress
 from ssm_train.record.report import write_report
 from ssm_train.record.results import (
     Results,
@@ -39,31 +44,17 @@ from ssm_train.record.results import (
 )
 from ssm_train.record.store import CheckpointStore
 from ssm_train.same_run import check_ranks, check_resumed, fingerprint
-from ssm_train.settle import as_before, asked_batch, with_classes, with_machine
-from ssm_train.start import images_per_update, place, prepare, same_updates
-from ssm_train.step.engine import Training, Update, take_update, training_loss
-from ssm_train.step.evaluate import Interrupted, validate
+from ssm_train.settle import as_before, asked_batch, with_classes, with_epochs, with_machine
+from ssm_train.start import Beginning, images_per_update, place, prepare, same_updates, weights_record
+from ssm_train.step.engine import Training, Update, forget_update, take_update, training_loss
+from ssm_train.step.evaluate import Accuracy, Interrupted, validate
 from ssm_train.step.losses import mesa_starts
 from ssm_train.step.meter import Meter
 from ssm_train.step.model import set_train_mode
-from ssm_train.step.parallel import exchange
-from ssm_train.step.pretrained import Pretrained
+from ssm_train.step.parallel import exchange, load_whole
 from ssm_train.step.state import collect, first_nonfinite, restore
 
 _log = logging.getLogger(__name__)
-
-
-class Beginning(NamedTuple):
-    """What a run begins with: a checkpoint, or given weights, or none."""
-
-    checkpoint: Checkpoint | None
-    pretrained: Pretrained | None
-    fresh: bool
-    """What the run folder holds is set aside."""
-    allow_changes: bool
-    """Data and options may be others than those of `checkpoint`."""
-    command: str
-    """The command line, for the records."""
 
 
 def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning) -> None:
@@ -77,9 +68,13 @@ def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning
     source = world.together(lambda: scan_split(before, "train"))
     counted = with_classes(before, len(source.classes))
     val_source = world.together(lambda: scan_split(counted, "val"))
+    # of photographs that are yet to be split, both say the same
+    for note in dict.fromkeys((*source.notes, *val_source.notes)):
+        _log.info("%s", note)
     world.together(lambda: check_same_classes(source, val_source))
     settled = with_machine(counted, world, len(source))
     cfg = world.together(lambda: same_updates(settled, checkpoint, world, asked))
+    cfg = with_epochs(cfg, max(1, len(source) // images_per_update(cfg, world)))
     root = Path(cfg.DATA.DATA_PATH)
     data = {"train": fingerprint(source, root), "val": fingerprint(val_source, root)}
     check_ranks(world, cfg, data)
@@ -91,19 +86,12 @@ def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning
     stop = StopRequest()
     with stop.listening(), contextlib.ExitStack() as stack:
         stack.callback(close_workers, loader, val_loader)
-        trainer = Trainer(cfg, world, log, folder, run, source, loader, val_loader, stop)
+        trainer = Trainer(cfg, world, log, folder, run, source, val_source, loader, val_loader, stop)
         trainer.asked_batch, trainer.data, trainer.command = asked, data, beginning.command
-        trainer.pretrained = world.on_main(lambda: _origin(run, checkpoint))
+        trainer.pretrained = world.on_main(lambda: weights_record(run, checkpoint))
         trainer.open(checkpoint, beginning.fresh, stack)
         stack.enter_context(trainer.progress)
         trainer.train()
-
-
-def _origin(run: Training, checkpoint: Checkpoint | None) -> dict | None:
-    """The record of the weights that the run began with, in this process or in that of `checkpoint`."""
-    if checkpoint is not None:
-        return checkpoint.meta["pretrained"]
-    return None if run.loaded is None else run.loaded.record()
 
 
 class Trainer:
@@ -117,12 +105,13 @@ class Trainer:
         folder: Path,
         run: Training,
         source: ImageSource,
+        val_source: ImageSource,
         loader: DataLoader,
         val_loader: DataLoader,
         stop: StopRequest,
     ) -> None:
         self.cfg, self.world, self.log, self.folder, self.run, self.stop = cfg, world, log, folder, run, stop
-        self.source, self.loader, self.val_loader = source, loader, val_loader
+        self.source, self.val_source, self.loader, self.val_loader = source, val_source, loader, val_loader
         self.updates_per_epoch = loader.batch_sampler.updates_per_epoch
         self.memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
         self.batches = DeviceBatches(loader, world.device, self.memory_format)
@@ -183,6 +172,8 @@ class Trainer:
             self._open_checkpoints(checkpoint)
         try:
             write_atomic(self.folder / "config.yaml", with_origin(self.cfg.dump(), self.command, self.pretrained))
+            if isinstance(self.source, PhotoSource):
+                write_split(self.folder, {"train": self.source, "val": self.val_source}, self.cfg.DATA.DATA_PATH)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -215,6 +206,11 @@ class Trainer:
         except Interrupted:
             self._save()
             self._preempted()
+        try:
+            self._answer()
+        except Interrupted:
+            # all is saved, and the weights in memory are those of the best epoch
+            self._preempted()
         metrics = training_metrics(
             self.results,
             {
@@ -237,6 +233,8 @@ class Trainer:
             metrics["epoch"],
             path,
         )
+        for what, line in next_commands(self.folder, self.val_source):
+            _log.info("%s: %s", what, line)
 
     def _write_results(self, metrics: dict) -> Path:
         bad = self.bad.state()
@@ -245,6 +243,29 @@ class Trainer:
             _log.warning("%d unreadable training images were replaced; bad_images.json lists them", len(bad))
         write_metrics(self.folder, metrics)
         return write_report(self.folder)
+
+    def _answer(self) -> None:
+        """Write down what the best weights say of every validation image. Raises Interrupted."""
+        bests = self.results.bests()
+        weights = better_weights(bests)
+        place = self.store.folder / Position(int(bests[weights]["epoch"])).name
+        try:
+            checkpoint = self.world.on_main(lambda: read_checkpoint(place))
+            tensors = self.world.together(lambda: checkpoint.weights(f"{weights}.safetensors", self.run.network))
+        except UserError as error:
+            _log.warning("no answers for single images: %s", error)
+            return
+        load_whole(self.run.network, tensors)
+        answers, passing = Answers(), Passing("the best weights once more", len(self.val_loader))
+
+        def watch(name: str, batch: Batch, logits: torch.Tensor) -> None:
+            answers.add(batch, logits)
+            passing()
+
+        self._validate({"model": self.run.network}, watch)
+        found = answers.of_all(self.world)
+        self.world.on_main(lambda: write_answers(self.folder, TRAINED, self.val_source, found))
+        _log.info("recognised worst: %s", summary_line(found, self.val_source.classes))
 
     def train_epoch(self) -> None:
         """The updates from the position to the end of its epoch. Raises Preempted, and UserError for too many bad
@@ -269,9 +290,13 @@ class Trainer:
                 meter.add(loss, len(batch.images))
                 steps.append(batch)
                 losses.append(loss)
+                run.steps_here += 1
+                self.progress.step(len(batch.images), self._seconds_left)
+                if self.stop and self.world.size == 1 and part + 1 < accumulation:
+                    forget_update(run, statistics)
+                    raise Interrupted
             update = take_update(run, self.world, losses=losses, stop=bool(self.stop), statistics=statistics)
             self.position = Position(epoch, slot + 1)
-            run.steps_here += accumulation
             if update.made:
                 self.guard.made()
             elif not update.overflow:
@@ -279,13 +304,20 @@ class Trainer:
             # as many lines as micro-steps over PRINT_FREQ
             before, now = slot * accumulation // cfg.PRINT_FREQ, (slot + 1) * accumulation // cfg.PRINT_FREQ
             due = now > before or slot + 1 == self.updates_per_epoch
-            self.progress.advance(accumulation, self._measure(meter, rate, update) if due else None)
+            if due:
+                self.progress.show(self._measure(meter, rate, update))
             if update.stop:
                 self._save()
                 self._preempted()
             if self._save_is_due(slot + 1):
                 with meter.paused():
                     self._save()
+
+    def _seconds_left(self) -> float:
+        """Of the run, by the speed of this process so far."""
+        cfg, run = self.cfg, self.run
+        slots = (cfg.TRAIN.EPOCHS - self.position.epoch) * self.updates_per_epoch - self.position.update
+        return (time.perf_counter() - run.started) / run.steps_here * slots * cfg.TRAIN.ACCUMULATION_STEPS
 
     def _save_is_due(self, slots: int) -> bool:
         """Whether to save inside the epoch, `slots` updates into it; not while updates are being skipped."""
@@ -350,13 +382,11 @@ class Trainer:
         """What a line of progress says; recorded in the logs. All ranks must call it."""
         cfg, run = self.cfg, self.run
         accumulation = cfg.TRAIN.ACCUMULATION_STEPS
-        steps, iteration = self.updates_per_epoch * accumulation, self.position.update * accumulation
+        iteration = self.position.update * accumulation
         self._check_folder()
         self.bad.share()
         values = meter.finish(run)
-        remaining = (cfg.TRAIN.EPOCHS - self.position.epoch) * steps - iteration
-        eta = (time.perf_counter() - run.started) / run.steps_here * remaining
-        values |= {"lr": rate, "grad_norm": update.norm, "eta_seconds": eta}
+        values |= {"lr": rate, "grad_norm": update.norm, "eta_seconds": self._seconds_left()}
         values["memory_mb"] = peak_memory_mb(self.world.device)
         if run.scaler.is_enabled():
             values["loss_scale"] = run.scaler.get_scale()
@@ -365,12 +395,11 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         """Validate plain and averaged weights, log, and save with the bests known."""
-        run, world = self.run, self.world
+        run = self.run
         epoch = self.position.epoch + 1
         models = {"model": run.network} | ({"model_ema": run.ema.module} if run.ema else {})
-        validated = validate(
-            models, self.val_loader, run.amp, world, self.bad_val, self.stop, memory_format=self.memory_format
-        )
+        passing = Passing("validation", len(models) * len(self.val_loader))
+        validated = self._validate(models, lambda name, batch, logits: passing())
         self._check_folder()
         self.results.add(epoch, validated)
         values = {"epoch": epoch, "images": validated["model"].images, "excluded": self.bad_val.count}
@@ -385,6 +414,20 @@ class Trainer:
         _log.info("epoch %d/%d validation: %s; best: %s", epoch, self.cfg.TRAIN.EPOCHS, latest, best)
         self.position = Position(epoch)
         self._save()
+
+    def _validate(
+        self, models: dict[str, nn.Module], watch: Callable[[str, Batch, torch.Tensor], None]
+    ) -> dict[str, Accuracy]:
+        return validate(
+            models,
+            self.val_loader,
+            self.run.amp,
+            self.world,
+            self.bad_val,
+            self.stop,
+            memory_format=self.memory_format,
+            watch=watch,
+        )
 
     def _check_folder(self) -> None:
         """Save and stop where the run folder is no longer under its name. All ranks must call it."""
@@ -435,6 +478,7 @@ class Trainer:
                 "asked_batch": self.asked_batch,
                 "images_per_update": images_per_update(self.cfg, self.world),
                 "data": self.data,
+                "classes": {name: label for label, name in enumerate(self.source.classes)},
                 "config": self.cfg.dump(),
                 **origin(self.command, self.pretrained),
                 "versions": versions(),

@@ -111,9 +111,10 @@ def tiny_cfg(tmp_path_factory, image_tree) -> Path:
 def cli(tiny_cfg, capsys, monkeypatch):
     """Run `classification/main.py --cfg tiny.yaml ...` in this process: cli(*arguments) -> Outcome.
 
-    Without drawing the curves, which takes longer than such a run.
+    Without drawing curves and sheets, which takes longer than such a run.
     """
     monkeypatch.setattr("ssm_train.record.report.save_curves", lambda *_: None)
+    monkeypatch.setattr("ssm_train.answering.save_worst", lambda *_: None)
 
     def call(*arguments: object, cfg: Path = tiny_cfg) -> Outcome:
         capsys.readouterr()

@@ -247,7 +247,8 @@ def test_eval_and_pretrained(cli, fails, full_run, tmp_path):
     assert found["mode"] == "eval" and found["eval"]["top1"] == found["top1"]
     assert values(found["results"]["model"]) == values(last[0])
     assert values(found["results"]["model_ema"]) == values(last[1])
-    assert {path.name for path in (tmp_path / "e").iterdir()} == {"metrics.json", "log.txt", ".lock"}
+    tables = {"evaluation.csv", "evaluation_confusion.csv"}
+    assert {path.name for path in (tmp_path / "e").iterdir()} == {"metrics.json", "log.txt", ".lock", *tables}
     # --pretrained: a file, or both kinds of a folder's weights; of a run's, those of its best checkpoint
     for number, record in enumerate(last):
         file = full_run / "checkpoints/last" / ("model.safetensors", "model_ema.safetensors")[number]

@@ -349,13 +349,39 @@ def test_console_is_coloured_on_a_terminal(environment, terminal, coloured, colo
     assert re.fullmatch(r"[-\d]{10} [,:\d]{12} WARNING a message\n", (tmp_path / "log.txt").read_text())
 
 
+def make_steps(shown, count):
+    for _ in range(count):
+        shown.step(4, lambda: 61.4)
+
+
+def test_a_line_every_few_seconds_without_a_terminal(cfg, capsys, colours, monkeypatch):
+    """Where steps are long, nobody waits for the next measurement; after one the time counts anew."""
+    colours()
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with RunLog(True), Progress(MAIN, cfg) as shown:
+        shown.epoch(1, 16, 0)
+        passing = progress.Passing("validation", 9)
+        for number in range(1, 8):
+            now[0] = 100.0 + 2 * number
+            make_steps(shown, 1)
+            if number == 4:
+                shown.show(train_values(1, 4))
+            passing()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" not in line]
+    assert lines == [
+        *["epoch 1/3 [3/16] 2.0 img/s eta 0:01:01", "validation [3/9]"],
+        *["validation [6/9]", "epoch 1/3 [7/16] 2.0 img/s eta 0:01:01"],
+    ]
+
+
 def test_lines_without_a_terminal(cfg, tmp_path, capsys, colours):
     colours()
     with RunLog(True) as log, Progress(MAIN, cfg) as shown:
         log.open_text(tmp_path)
         shown.epoch(2, 50, 10)
-        shown.advance(5)
-        shown.advance(5, train_values(2, 20, loss=1.5, wait=0.07))
+        make_steps(shown, 10)
+        shown.show(train_values(2, 20, loss=1.5, wait=0.07))
     assert capsys.readouterr().out == LINE + "\n"
     assert (tmp_path / "log.txt").read_text().endswith(f" INFO {LINE}\n")
 
@@ -366,7 +392,8 @@ def test_bar_on_a_terminal(cfg, tmp_path):
     with RunLog(True) as log, Progress(MAIN, cfg, Console(file=out, force_terminal=True, width=120)) as shown:
         log.open_text(tmp_path)
         shown.epoch(2, 50, 10)
-        shown.advance(10, train_values(2, 20, loss=1.5, wait=0.07))
+        make_steps(shown, 10)
+        shown.show(train_values(2, 20, loss=1.5, wait=0.07))
         drawn = out.getvalue()
         assert "20/50" in drawn and "epoch 2/3" in drawn and "loss 1.5000 100 img/s data 7% eta 1:01:01" in drawn
         # the bar shows it already
@@ -391,7 +418,7 @@ def test_bar_is_drawn_ten_times_a_second_at_most(cfg, monkeypatch):
         monkeypatch.setattr(shown._bar, "refresh", lambda: drawn.append(shown._done))
         for step in range(1, 101):
             now[0] = 100.0 + step / 64
-            shown.advance(1)
+            make_steps(shown, 1)
     # one every 0.1 s is every seventh step of 1/64 s; and the last one of the epoch
     assert drawn == [*range(1, 100, 7), 100]
 
@@ -408,5 +435,6 @@ def test_other_ranks_show_nothing(cfg, capsys):
     out = io.StringIO()
     with RunLog(False), Progress(OTHER, cfg, Console(file=out, force_terminal=True)) as shown:
         shown.epoch(1, 10, 0)
-        shown.advance(1, train_values(1, 1))
+        make_steps(shown, 1)
+        shown.show(train_values(1, 1))
     assert out.getvalue() == "" and capsys.readouterr().out == ""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from PIL import Image
@@ -109,7 +110,7 @@ def test_curves_of_repeated_and_incomplete_epochs():
 
 
 def test_picture():
-    figure = draw([curves("a", ENTRIES)])
+    figure = draw(curves("a", ENTRIES))
     lines = {axes.get_title(): {line.get_label(): line for line in axes.get_lines()} for axes in figure.axes}
     assert {title: set(drawn) for title, drawn in lines.items()} == {
         "loss": {"training", "training, mean of epoch", "validation", "validation, EMA"},
@@ -126,11 +127,10 @@ def test_picture():
     assert model.get_color() != ema.get_color() and model.get_linestyle() != ema.get_linestyle()
     speed = next(axes for axes in figure.axes if axes.get_title() == "training throughput")
     assert speed.get_ylim()[0] == 0 and speed.get_ylim()[1] > 200
-    two = draw([curves("a", ENTRIES), curves("b", ENTRIES[:3])])
-    labels = [line.get_label() for line in two.axes[1].get_lines()]
-    assert labels == ["a: model", "a: EMA", "b: model", "b: EMA"]
-    colors = [line.get_color() for line in two.axes[1].get_lines()]
-    assert colors[0] == colors[1] != colors[2] == colors[3]
+    figure.canvas.draw()
+    for axes in figure.axes:
+        legend, panel = (part.get_window_extent() for part in (axes.get_legend(), axes))
+        assert legend.y1 < panel.y0 and 0 <= legend.x0 < legend.x1 <= figure.bbox.x1 and legend.y0 >= 0
 
 
 def test_finished_run(tmp_path):
@@ -160,7 +160,7 @@ def test_finished_run(tmp_path):
     assert found["updates skipped (loss or gradient not finite)"] == ["5"] and found["rolled back"] == ["1"]
     assert found["unreadable training images"] == ["2"] and found["unreadable validation images"] == ["2"]
     assert "- `train/cat/1.png`: truncated | file" in text and "](curves.png)" in text
-    assert Image.open(folder / "curves.png").size == (1560, 840)
+    assert Image.open(folder / "curves.png").size == (1560, 900)
 
 
 def test_unfinished_run_with_events(tmp_path):
@@ -223,3 +223,29 @@ def test_read_curves_names_the_run(tmp_path, monkeypatch):
     fill(tmp_path, ENTRIES)
     monkeypatch.chdir(tmp_path)
     assert read_curves(report.Path(".")).name == tmp_path.name
+
+
+def test_classes(tmp_path):
+    """The worst first, what they were taken for, and names that Markdown would read as marks."""
+    folder = fill(tmp_path, ENTRIES)
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    assert "## Classes" not in write_report(folder).read_text()
+    lines = [("class", "predicted", "images"), ("a|b", "a|b", 4), ("*dog*", "*dog*", 1), ("*dog*", "eel", 2)]
+    lines += [("*dog*", "a|b", 1), ("eel", "eel", 0)]
+    (folder / "validation_confusion.csv").write_text("\n".join(",".join(map(str, line)) for line in lines) + "\n")
+    text = write_report(folder).read_text()
+    table, matrix = text.partition("## Classes")[2].partition("Confusion matrix")[::2]
+    assert re.findall(r"^\| (\S+) \| \d", table, flags=re.MULTILINE) == ["\\*dog\\*", "a\\|b", "eel"]
+    assert "| \\*dog\\* | 4 | 25.0 | eel (2), a\\|b (1) |" in table and "| eel | 0 |  |  |" in table
+    assert (
+        "|  | a\\|b | \\*dog\\* | eel |" in matrix
+        and "| \\*dog\\* | 1 | 1 | 2 |" in matrix
+        and "](validation_worst.png)" in matrix
+    )
+    # of many classes the worst alone, and no matrix
+    names = [f"class {number:02}" for number in range(40)]
+    rows = [f"{name},{name},1\n" + f"{name},class 07,1\n" * (name != "class 07") for name in names]
+    (folder / "validation_confusion.csv").write_text("class,predicted,images\n" + "".join(rows))
+    text = write_report(folder).read_text()
+    assert "the worst first. 10 others are in `validation_confusion.csv`" in text and "Confusion matrix" not in text
+    assert "| class 00 | 2 | 50.0 | class 07 (1) |" in text and "| class 07 |" not in text

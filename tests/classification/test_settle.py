@@ -13,7 +13,7 @@ from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.config.load import load_config
 from ssm_train.data.build import scan_split
-from ssm_train.settle import recipe_batch, with_machine
+from ssm_train.settle import recipe_batch, with_epochs, with_machine
 from ssm_train.step.memory import kept_bytes
 from tests.classification.formats import WRITERS
 
@@ -58,10 +58,10 @@ def test_a_run_settles_all_and_its_resume_keeps_it(open_cfg, cli, fails, here, t
     assert outcome.status == 0, outcome
     assert "MODEL.NUM_CLASSES is not given: 3, as many as the data have" in outcome.out
     assert "DATA.NUM_WORKERS is not given: 2, for 2 core(s) and 1 process(es) here" in outcome.out
-    # of 21 images 16 are an update, of which 4 GB can be held at once
-    assert "DATA.BATCH_SIZE is not given: 4 images x 4 micro-step(s) per process and update" in outcome.out
+    # of 21 images 8 are an update, of which 4 GB can be held at once
+    assert "DATA.BATCH_SIZE is not given: 4 images x 2 micro-step(s) per process and update" in outcome.out
     config = read_config(tmp_path / "a")
-    assert (config["MODEL"]["NUM_CLASSES"], config["DATA"]["NUM_WORKERS"]) == (3, 2) and batch_of(config) == (4, 4)
+    assert (config["MODEL"]["NUM_CLASSES"], config["DATA"]["NUM_WORKERS"]) == (3, 2) and batch_of(config) == (4, 2)
     assert json.loads((tmp_path / "a/metrics.json").read_text())["mode"] == "train"
 
     shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=True)
@@ -70,17 +70,17 @@ def test_a_run_settles_all_and_its_resume_keeps_it(open_cfg, cli, fails, here, t
     outcome = cli("--output", tmp_path / "b", "--resume", "auto", cfg=open_cfg)
     assert outcome.status == 0 and "resumed after epoch 1" in outcome.out and "BATCH_SIZE is not" not in outcome.out
     config = read_config(tmp_path / "b")
-    assert (config["MODEL"]["NUM_CLASSES"], config["DATA"]["NUM_WORKERS"]) == (3, 1) and batch_of(config) == (4, 4)
+    assert (config["MODEL"]["NUM_CLASSES"], config["DATA"]["NUM_WORKERS"]) == (3, 1) and batch_of(config) == (4, 2)
     same_state(*(tmp_path / name / "checkpoints/epoch_0002" for name in "ab"))
 
     # with the recipe's steps in one, it is the same update
     outcome = cli("--output", tmp_path / "c", cfg=open_cfg)
-    assert outcome.status == 0 and batch_of(read_config(tmp_path / "c")) == (16, 1)
+    assert outcome.status == 0 and batch_of(read_config(tmp_path / "c")) == (8, 1)
     # who gives a batch gets it, after a resume, too
     shutil.copytree(tmp_path / "a", tmp_path / "d", symlinks=True)
     shutil.rmtree(tmp_path / "d/checkpoints/epoch_0002")
     resumed = ("--output", tmp_path / "d", "--resume", "auto", "--batch-size", 2)
-    fails(*resumed, parts=("images per update 16 -> 2", "--allow-changes"), cfg=open_cfg)
+    fails(*resumed, parts=("images per update 8 -> 2", "--allow-changes"), cfg=open_cfg)
     outcome = cli(*resumed, "--allow-changes", cfg=open_cfg)
     assert outcome.status == 0 and batch_of(read_config(tmp_path / "d")) == (2, 1)
 
@@ -149,19 +149,45 @@ def test_workers(open_cfg, monkeypatch, cores, processes, workers):
 
 
 @pytest.mark.parametrize(
-    ("memory", "steps", "batch"),
-    [(256, 1, (128, 1)), (255, 1, (64, 2)), (20, 1, (8, 16)), (20, 2, (8, 32)), (1, 1, (2, 64))],
+    ("device", "memory", "steps", "batch"),
+    [
+        *[("cuda", 256, 1, (128, 1)), ("cuda", 255, 1, (64, 2)), ("cuda", 20, 2, (8, 32)), ("cuda", 1, 1, (2, 64))],
+        *[("cpu", 256, 1, (16, 8)), ("cpu", 20, 1, (8, 16)), ("cpu", 20, 2, (8, 32))],
+    ],
 )
-def test_batch(open_cfg, here, memory, steps, batch):
-    """The micro-steps of an update always are 128 images together, times what the user accumulates."""
+def test_batch(open_cfg, here, monkeypatch, device, memory, steps, batch):
+    """The micro-steps of an update always are 128 images together, times what the user accumulates; a CPU does not take
+    more than 16 at once."""
     here(2, memory * GB)
-    cfg = with_machine(load_config(str(open_cfg), [], {"accumulation_steps": steps}), CPU)
+    monkeypatch.setattr(settle, "resolve_amp", lambda amp, device: "off")
+    world = World(0, 1, torch.device(device))
+    cfg = with_machine(load_config(str(open_cfg), [], {"accumulation_steps": steps}), world)
     assert batch == (cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS)
 
 
 def test_batch_of_few_images():
-    assert [recipe_batch(1, count) for count in (1281167, 128, 127, 21, 3, 1)] == [128, 128, 64, 16, 2, 2]
-    assert recipe_batch(8, 1000) == 64 and recipe_batch(8, None) == 128
+    """An epoch has eight updates at least, but none of less than eight images, unless there are no more."""
+    counts = (1281167, 1024, 1023, 128, 127, 21, 7, 3, 1)
+    assert [recipe_batch(1, count) for count in counts] == [128, 128, 64, 16, 8, 8, 4, 2, 2]
+    assert recipe_batch(8, 8 * 1024) == 128 and recipe_batch(8, 1000) == 8 and recipe_batch(8, None) == 128
+
+
+def test_epochs_by_updates(open_cfg):
+    def settled(updates_per_epoch: int, *opts: object) -> tuple[int, int]:
+        open_epochs = ("TRAIN.EPOCHS", "None", "TRAIN.WARMUP_EPOCHS", "None")
+        cfg = with_epochs(load_config(str(open_cfg), [*open_epochs, *map(str, opts)]), updates_per_epoch)
+        return cfg.TRAIN.EPOCHS, cfg.TRAIN.WARMUP_EPOCHS
+
+    # 300 updates, 5 epochs at least and 100 at most
+    assert [settled(updates) for updates in (1, 2, 8, 12, 60, 5000)] == [
+        *[(100, 10), (100, 10), (38, 4), (25, 3), (5, 1), (5, 1)]
+    ]
+    assert settled(12, "TRAIN.UPDATES", 1000) == (83, 9)
+    # what is given stays
+    assert settled(12, "TRAIN.EPOCHS", 1) == (1, 0) and settled(12, "TRAIN.EPOCHS", 11) == (11, 2)
+    assert settled(12, "TRAIN.EPOCHS", 9, "TRAIN.WARMUP_EPOCHS", 4) == (9, 4)
+    with pytest.raises(UserError, match="TRAIN.WARMUP_EPOCHS is 3, but it must be None where TRAIN.EPOCHS is"):
+        settled(12, "TRAIN.WARMUP_EPOCHS", 3)
 
 
 def test_memory_is_that_of_the_machine_or_container(monkeypatch, tmp_path):

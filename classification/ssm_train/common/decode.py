@@ -1,22 +1,31 @@
 """Encoded bytes -> 8-bit image, grey or RGB, and what counts as unreadable.
 
+Photographs that a camera has stored lying on their side say so in a tag (EXIF's orientation). `Decoder.upright` follows
+it; without it pixels stay as they are stored, as in the evaluations that published accuracies come from (torchvision's
+and timm's readers).
+
 Images of more than 8 bits a channel say nowhere which of their values are black and white: 12-bit data in a 16-bit file
 would be nearly black, floats constant. So they are read with a stated range (DATA.RANGE) or not at all.
 """
 
+import functools
 import io
 import struct
 import warnings
 import zlib
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_png
 
 # Only these: Pillow would hand an EPS file to Ghostscript, which runs programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+# those that Pillow has with some versions or packages alone
+_OPTIONAL_FORMATS = ("AVIF", "HEIF")
+# how files of the latter begin, from their fifth byte on
+_HEIF_BRANDS = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypheis", b"ftypmif1", b"ftypmsf1")
 
 # What Pillow's readers also raise when a damaged header sends them astray. Not MemoryError, which says nothing about
 # the image.
@@ -41,8 +50,31 @@ LARGEST_RATIO = 50
 LARGEST_IMAGE_BYTES = 2**28  # encoded: reading or unpacking more could fill the memory
 LARGEST_PIXELS = 89_478_485  # a quarter of a gigabyte in RGB; Pillow's limit
 
+# EXIF's orientation -> what brings the stored pixels upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read here: AVIF from Pillow 11.3 on, HEIC with the package pillow-heif."""
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ModuleNotFoundError:
+        pass  # a message of `Decoder` names the package where an image needs it
+    Image.init()
+    return (*_FORMATS, *(name for name in _OPTIONAL_FORMATS if name in Image.OPEN))
 
 
 class Decoder(NamedTuple):
@@ -51,15 +83,17 @@ class Decoder(NamedTuple):
     channels: 3 for RGB, 1 for grey (luma of ITU-R 601).
     range: (low, high), the values of black and white in images of more than 8 bits a channel; None refuses these.
     option: what messages call the range.
+    upright: whether images are turned as their EXIF tag says.
     """
 
     channels: int = 3
     range: tuple[float, float] | None = None
     option: str = "DATA.RANGE"
+    upright: bool = False
 
     def __call__(self, data: bytes) -> Image.Image:
-        """The image in 8 bits. Alpha and palette transparency are dropped, nothing is rotated; of more than 8 bits,
-        values are scaled as float64, (value - low) / (high - low), clipped to 0..1 and rounded to 8 bits.
+        """The image in 8 bits. Alpha and palette transparency are dropped; of more than 8 bits, values are scaled as
+        float64, (value - low) / (high - low), clipped to 0..1 and rounded to 8 bits.
 
         Raises one of UNREADABLE, also for more than LARGEST_PIXELS and for sides of more than LARGEST_RATIO to 1, by
         the header, before anything is decoded.
@@ -69,15 +103,32 @@ class Decoder(NamedTuple):
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             try:
-                with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                with Image.open(io.BytesIO(data), formats=formats()) as image:
                     _check_shape(*image.size)
                     kind = _kind(image)
-                    return self.converted(self._scaled(image, data, kind) if kind else image)
+                    eight = self.converted(self._scaled(image, data, kind) if kind else image)
+                    return _turned(eight, image) if self.upright else eight
             except UnidentifiedImageError:
                 # its message names the address of the buffer
-                raise ValueError(f"not an image of a known format ({', '.join(_FORMATS)})") from None
+                raise ValueError(_unknown(data)) from None
             except _ASTRAY as error:
                 raise ValueError(f"Pillow cannot read it ({type(error).__name__}: {error})") from error
+
+    def fault(self, file: BinaryIO) -> str:
+        """Why the image in an open file cannot be read, as far as its header tells; "" where that is in order."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            try:
+                with Image.open(file, formats=formats()) as image:
+                    _check_shape(*image.size)
+                    kind = _kind(image)
+                    return self._needs_range(kind) if kind and self.range is None else ""
+            except UnidentifiedImageError:
+                file.seek(0)
+                return _unknown(file.read(12))
+            except (*UNREADABLE, *_ASTRAY) as error:
+                return " ".join(str(error).split()) or type(error).__name__
 
     def converted(self, image: Image.Image) -> Image.Image:
         """An 8-bit image of any mode in the decoder's channels."""
@@ -87,10 +138,7 @@ class Decoder(NamedTuple):
     def _scaled(self, image: Image.Image, data: bytes, kind: str) -> Image.Image:
         """An image of more than 8 bits in 8, grey or RGB."""
         if self.range is None:
-            raise ValueError(
-                f"{kind} has more than 8 bits a channel: say which values are black and white by {self.option}, e.g. "
-                "0,4095 for 12 bits"
-            )
+            raise ValueError(self._needs_range(kind))
         low, high = self.range
         values = _deep_values(image, data, kind)
         if not np.isfinite(values).all():
@@ -103,6 +151,30 @@ class Decoder(NamedTuple):
         if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             shares = 1 - shares
         return Image.fromarray(np.round(255 * shares).astype(np.uint8))
+
+    def _needs_range(self, kind: str) -> str:
+        return (
+            f"{kind} has more than 8 bits a channel: say which values are black and white by {self.option}, e.g. "
+            "0,4095 for 12 bits"
+        )
+
+
+def _unknown(data: bytes) -> str:
+    """What is said of a file of no format that is read, by its first bytes."""
+    if data[4:12] in _HEIF_BRANDS:
+        return "a HEIC image, which needs the package pillow-heif: pip install pillow-heif"
+    return f"not an image of a known format ({', '.join(formats())})"
+
+
+def _turned(eight: Image.Image, read: Image.Image) -> Image.Image:
+    """`eight`, upright by the orientation that the file `read` states. Files that Pillow turns by itself state none any
+    more once they are loaded."""
+    read.load()
+    try:
+        turn = _TURNS.get(read.getexif().get(ExifTags.Base.Orientation))
+    except (*UNREADABLE, *_ASTRAY):
+        return eight  # broken metadata is no reason to refuse an image
+    return eight if turn is None else eight.transpose(turn)
 
 
 def check_size(size: int) -> None:
@@ -140,7 +212,7 @@ def deep_kind(data: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=formats()) as image:
                 return _kind(image)
     except (*UNREADABLE, *_ASTRAY):
         return ""

@@ -34,6 +34,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype that sums are kept in on the device: fp64, or fp32 where Apple's GPUs have no other."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over all ranks, in fp64, with one all-reduce."""
         if self.size == 1:
@@ -45,10 +50,10 @@ class World:
     def read_with_sums(self, values: torch.Tensor, flags: torch.Tensor) -> tuple[list[float], list[float]]:
         """`values` of this rank, and `flags` summed over all ranks: two vectors on the device, read in one go, for
         every reading lets a GPU run out of work."""
-        flags = flags.to(torch.float64, copy=True)
+        flags = flags.to(self.wide, copy=True)
         if self.size > 1:
             dist.all_reduce(flags)
-        read = torch.cat([values.to(torch.float64), flags]).tolist()
+        read = torch.cat([values.to(self.wide), flags]).tolist()
         return read[: len(values)], read[len(values) :]
 
     def broadcast(self, tensors: list[torch.Tensor]) -> None:
@@ -119,16 +124,17 @@ def restarts() -> int:
 def joined_world(device_name: str, memory_share: float = 0.0, timeout: int = 600) -> Iterator[World]:
     """Join the processes of the launcher, if there is one: torchrun and torch.distributed.launch set the environment.
 
-    `device_name` is "cpu", "cuda" or "" (CUDA where there is one); `memory_share`, if not 0, is the most of the GPU's
+    `device_name` is what `chosen_device` takes; `memory_share`, if not 0, is the most of the GPU's
     memory that this process may take; `timeout` is how many seconds processes wait for each other. LOCAL_RANK is the
     device index: the global rank is not, as soon as there are two machines. gloo connects CPU processes, nccl GPU
     processes. Raises UserError where another process has died or cannot be reached.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    use_cuda = device_name == "cuda" or (not device_name and torch.cuda.is_available())
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    device = chosen_device(device_name)
+    use_cuda = device.type == "cuda"
+    if device.type == "mps" and size > 1:
+        raise UserError("--device mps: several processes cannot share Apple's GPU; start one, or use --device cpu")
     if use_cuda:
-        _check_cuda(device)
         torch.cuda.set_device(device)
         if memory_share:
             torch.cuda.set_per_process_memory_fraction(memory_share, device)
@@ -171,6 +177,20 @@ def _leave(size: int) -> None:
         # or the process at that moment waits for them without letting go of it, for ever, or aborts
         time.sleep(_SETTLING_SECONDS)
         dist.destroy_process_group()
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of this process: "cpu", "cuda" by LOCAL_RANK, "mps" (Apple's GPU), or "" for CUDA where there is one,
+    else the CPU. UserError for one that this PyTorch or this machine does not have."""
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this PyTorch sees no GPU of Apple's; use --device cpu")
+        return torch.device("mps")
+    if name == "cpu" or (not name and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    _check_cuda(device)
+    return device
 
 
 def _check_cuda(device: torch.device) -> None:

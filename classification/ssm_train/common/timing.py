@@ -10,6 +10,8 @@ def wait(device: torch.device) -> None:
     """Until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def timed(
@@ -23,3 +25,22 @@ def timed(
         action()
     wait(device)
     return clock() - start
+
+
+class Every:
+    """Whether some seconds have passed: true once after each such time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from now on."""
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now < self._last + self._seconds:
+            return False
+        self._last = now
+        return True

@@ -17,6 +17,7 @@ def default_config() -> CN:
     cfg.DATA = CN()
     cfg.DATA.DATA_PATH = ""
     cfg.DATA.DATASET = "folder"  # how DATA_PATH is laid out, see data/sources
+    cfg.DATA.VAL_SHARE = 0.2  # of each class of photos that come without a split, set apart by SEED
     cfg.DATA.CACHE_MODE = "no"  # read bytes when needed (no), or hold a share per rank (part) or all (full) in memory
     cfg.DATA.BATCH_SIZE = None  # images per process and micro-step; None divides 128 into micro-steps that fit
     cfg.DATA.RANGE = []  # [low, high], black and white in images of more than 8 bits a channel; [] refuses these
@@ -32,15 +33,18 @@ def default_config() -> CN:
     cfg.MODEL.NUM_CLASSES = None  # None: as many as the training data have
     cfg.MODEL.DROP_PATH_RATE = 0.1
     cfg.MODEL.LABEL_SMOOTHING = 0.1
+    cfg.MODEL.PRETRAINED = ""  # weights to begin with: a published name or a path; "" begins with random ones
+    cfg.MODEL.NEW_HEAD = False  # of these all but the classifier, for other classes
     cfg.MODEL.KWARGS = CN(new_allowed=True)  # of these, in_chans 1 trains on grey images
 
     cfg.TRAIN = CN()
-    cfg.TRAIN.EPOCHS = 300
-    cfg.TRAIN.WARMUP_EPOCHS = 20
+    cfg.TRAIN.EPOCHS = 300  # None: as many as TRAIN.UPDATES take, see ssm_train/settle.py
+    cfg.TRAIN.WARMUP_EPOCHS = 20  # None: a tenth of the epochs
+    cfg.TRAIN.UPDATES = 300  # optimizer updates to aim at where EPOCHS is None
     cfg.TRAIN.BASE_LR = 5e-4  # the three rates are for a global batch of 512, see lr_scheduler.py
     cfg.TRAIN.WARMUP_LR = 5e-7
     cfg.TRAIN.MIN_LR = 5e-6
-    cfg.TRAIN.LR_SCALING = "all"  # rates that follow the global batch: all, or base alone (the trainer of Vim)
+    cfg.TRAIN.LR_SCALING = "all"  # rates that follow the global batch: all, base alone (the trainer of Vim), or none
     cfg.TRAIN.SCHEDULER = CN()
     cfg.TRAIN.SCHEDULER.NAME = "cosine"  # cosine, linear, step or multistep
     cfg.TRAIN.SCHEDULER.PER = "update"  # the rate changes with every update or every epoch
@@ -99,17 +103,17 @@ def default_config() -> CN:
     cfg.PARALLEL = "ddp"  # several processes: every one has the model (ddp), or a share of it (fsdp)
     cfg.MEMORY_SHARE = 0.0  # most GPU memory a process may take, as a share; 0 for no limit
     cfg.TIMEOUT = 600  # seconds that processes wait for each other
-    cfg.DEVICE = ""  # cpu, cuda, or "" for CUDA where there is one
+    cfg.DEVICE = ""  # cpu, cuda, mps, or "" for CUDA where there is one, else the CPU
     cfg.OUTPUT = "output"
     cfg.TAG = ""
     cfg.SEED = 0
-    cfg.PRINT_FREQ = 10  # micro-steps between two progress lines
+    cfg.PRINT_FREQ = 10  # micro-steps between two measurements in the logs; a line comes every 5 s, too
     cfg.WANDB = ""  # project of Weights & Biases; "" to leave it alone
     return cfg
 
 
 # integers that may be None
-OPEN = ("DATA.BATCH_SIZE", "DATA.NUM_WORKERS", "MODEL.NUM_CLASSES")
+OPEN = ("DATA.BATCH_SIZE", "DATA.NUM_WORKERS", "MODEL.NUM_CLASSES", "TRAIN.EPOCHS", "TRAIN.WARMUP_EPOCHS")
 
 
 def channels(cfg: CN) -> int:
@@ -142,7 +146,8 @@ def replaced(cfg: CN, values: dict[str, Any]) -> CN:
     copy.defrost()
     for key, value in values.items():
         section, _, name = key.rpartition(".")
-        lookup(copy, section)[name] = value
+        node = lookup(copy, section) if section else copy
+        node[name] = value
     copy.freeze()
     return copy
 
@@ -154,6 +159,7 @@ _AT_LEAST_1 = (
     "DATA.REPEATS",
     "MODEL.NUM_CLASSES",
     "TRAIN.EPOCHS",
+    "TRAIN.UPDATES",
     "TRAIN.ACCUMULATION_STEPS",
     "TRAIN.KEEP_CHECKPOINTS",
     "TRAIN.SCHEDULER.DECAY_EPOCHS",
@@ -195,11 +201,11 @@ _SHARES = (
 )
 _CHOICES = {
     "AMP": ("auto", "bf16", "fp16", "off"),
-    "DEVICE": ("", "cpu", "cuda"),
+    "DEVICE": ("", "cpu", "cuda", "mps"),
     "PARALLEL": ("ddp", "fsdp"),
     "DATA.CACHE_MODE": ("no", "part", "full"),
     "DATA.INTERPOLATION": ("bilinear", "bicubic"),
-    "TRAIN.LR_SCALING": ("all", "base"),
+    "TRAIN.LR_SCALING": ("all", "base", "none"),
     "TRAIN.SCHEDULER.NAME": ("cosine", "linear", "step", "multistep"),
     "TRAIN.SCHEDULER.PER": ("update", "epoch"),
     "TRAIN.OPTIMIZER": ("adamw", "sgd"),
@@ -229,7 +235,11 @@ def check_config(cfg: CN) -> None:
     for key, choices in _CHOICES.items():
         need(key, lookup(cfg, key) in choices, "one of " + ", ".join(map(repr, choices)))
     train = cfg.TRAIN
-    need("TRAIN.WARMUP_EPOCHS", train.WARMUP_EPOCHS < train.EPOCHS, f"below TRAIN.EPOCHS, {train.EPOCHS}")
+    fits = None in (train.EPOCHS, train.WARMUP_EPOCHS) or train.WARMUP_EPOCHS < train.EPOCHS
+    need("TRAIN.WARMUP_EPOCHS", fits, f"below TRAIN.EPOCHS, {train.EPOCHS}, or None for a tenth of these")
+    open_epochs = train.EPOCHS is None and train.WARMUP_EPOCHS is not None
+    need("TRAIN.WARMUP_EPOCHS", not open_epochs, "None where TRAIN.EPOCHS is")
+    need("DATA.VAL_SHARE", 0 < cfg.DATA.VAL_SHARE < 1, "above 0 and below 1")
     need("TRAIN.BETAS", len(train.BETAS) == 2 and all(0 <= beta < 1 for beta in train.BETAS), "two numbers in [0, 1)")
     steps = train.SCHEDULER.MULTISTEPS
     need("TRAIN.SCHEDULER.MULTISTEPS", sorted(set(steps)) == steps, "epochs in rising order")

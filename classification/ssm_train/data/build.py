@@ -13,7 +13,7 @@ from ssm_train.common.preemption import leave_signals_to_trainer
 from ssm_train.config.defaults import channels
 from ssm_train.data.dataset import EvalImages, Sample, TrainImages, collate
 from ssm_train.data.samplers import EvalBatches, TrainBatches
-from ssm_train.data.sources import FORMATS, ImageSource, cached
+from ssm_train.data.sources import FORMATS, ImageSource, PhotoSource, cached
 from ssm_train.data.transforms import eval_transform, train_transform
 
 _PREFETCH = 4  # batches per worker that wait for the training: one slow archive read does not stop it
@@ -35,14 +35,17 @@ def scan_split(cfg: CN, split: str) -> ImageSource:
     root = Path(cfg.DATA.DATA_PATH)
     if not root.is_dir():
         raise UserError(f"--data-path {root} is not a folder; {source.LAYOUT}")
-    found = source(root, split, cfg.MODEL.NUM_CLASSES)
-    found.decoder = decoder(cfg)
+    read = decoder(cfg)
+    rule = {"share": cfg.DATA.VAL_SHARE, "seed": cfg.SEED, "decoder": read} if source is PhotoSource else {}
+    found = source(root, split, cfg.MODEL.NUM_CLASSES, **rule)
+    found.decoder = read
     return found
 
 
 def decoder(cfg: CN) -> Decoder:
-    """How the config wants images to be read."""
-    return Decoder(channels(cfg), tuple(cfg.DATA.RANGE) or None)
+    """How the config wants images to be read. Photographs are turned upright; data sets in the layouts that are
+    published keep the pixels as they are stored, which is what published accuracies were measured with."""
+    return Decoder(channels(cfg), tuple(cfg.DATA.RANGE) or None, upright=cfg.DATA.DATASET == "photos")
 
 
 def check_same_classes(train: ImageSource, val: ImageSource) -> None:

@@ -24,9 +24,10 @@ class DeviceBatches:
 
     def _arranged(self) -> Iterator[Batch]:
         for batch in self._loader:
+            images = batch.images.to(self._device)
             # a batch without a readable image has no dimensions to arrange
-            images = batch.images.to(memory_format=self._memory_format) if len(batch.targets) else batch.images
-            yield batch._replace(images=images)
+            images = images.to(memory_format=self._memory_format) if len(batch.targets) else images
+            yield batch._replace(images=images, targets=batch.targets.to(self._device))
 
     def _copied_ahead(self, stream: torch.cuda.Stream) -> Iterator[Batch]:
         ahead: tuple[Batch, torch.cuda.Event] | None = None

@@ -1,7 +1,7 @@
 """The curves of a run, and their picture."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,13 +71,12 @@ def read_curves(folder: Path) -> Curves:
     return found
 
 
-def draw(runs: Sequence[Curves]) -> Figure:
-    """Loss, accuracy, learning rate, gradient norm and throughput over epochs; a colour for each curve of one run, or
-    for each of several runs."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
+def draw(run: Curves) -> Figure:
+    """Loss, accuracy, learning rate, gradient norm and throughput over epochs."""
+    figure = Figure(figsize=(13, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     (loss, top1, rate), (norm, speed, wait) = figure.subplots(2, 3)
-    # key, label, colour in the picture of a single run, style
+    # key, label, colour, style
     panels = {
         loss: [
             ("train/loss", "training", 2, {"alpha": 0.4, "linewidth": 0.8}),
@@ -92,16 +91,14 @@ def draw(runs: Sequence[Curves]) -> Figure:
         wait: [("train/data_wait", "mean of processes", 0, {"linewidth": 0.8})],
     }
     for axes, lines in panels.items():
-        for number, run in enumerate(runs):
-            for key, label, own, style in lines:
-                if key in run.series:
-                    color = COLORS[(own if len(runs) == 1 else number) % len(COLORS)]
-                    label = label if len(runs) == 1 else f"{run.name}: {label}"
-                    _line(axes, run.series[key], label=label, color=color, **style)
+        for key, label, color, style in lines:
+            if key in run.series:
+                _line(axes, run.series[key], label=label, color=COLORS[color], **style)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="small")
+            # below the panel, where no curve can be
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     loss.set(title="loss", ylabel="loss (nats per image)")
     top1.set(title="validation accuracy", ylabel="top-1 (%)")
     rate.set(title="learning rate", ylabel="learning rate")
@@ -119,8 +116,8 @@ def _line(axes: Axes, series: Series, **style: str | float) -> None:
     axes.plot(series.x, series.y, marker="o" if len(series.x) < 30 else "", markersize=3, **style)
 
 
-def save_curves(runs: Sequence[Curves], path: Path) -> None:
-    """Draw `runs` into the PNG `path`."""
+def save_curves(run: Curves, path: Path) -> None:
+    """Draw `run` into the PNG `path`."""
     image = io.BytesIO()
-    draw(runs).savefig(image, format="png", dpi=120)
+    draw(run).savefig(image, format="png", dpi=120)
     path.write_bytes(image.getvalue())

@@ -35,6 +35,7 @@ _FIELDS = {
     "asked_batch": [(int, None), (int, None)],
     "images_per_update": int,
     "data": ({"train": _SPLIT, "val": _SPLIT}, None),  # None: not recorded, as in format 0
+    "classes": (_Map(int), None),  # name -> label; None: not recorded
     "config": str,
     "command": str,  # of the process that wrote it
     "pretrained": (
@@ -60,7 +61,7 @@ def parse_meta(text: bytes) -> dict[str, Any]:
         if "format" not in meta:
             meta |= {"format": FORMAT, "data": None}
         # of runs that began before these were kept
-        meta = {"command": "", "pretrained": None, **meta}
+        meta = {"command": "", "pretrained": None, "classes": None, **meta}
         if meta["format"] != FORMAT:
             raise UserError(f"has format {meta['format']!r}, but this version reads up to {FORMAT}: use a newer one")
     fault = _fault(meta, _FIELDS, "") or _contradiction(meta)

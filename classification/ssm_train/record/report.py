@@ -6,23 +6,29 @@ python -m ssm_train.record.report RUN_FOLDER
 import argparse
 import datetime
 import json
+import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ssm_models.printable import printable
 from ssm_train.common import command as command_line
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import write_atomic
 from ssm_train.config.defaults import default_config
 from ssm_train.config.yaml_text import parse_yaml, read_yaml
+from ssm_train.record.answers import TRAINED, read_counts
 from ssm_train.record.curves import read_curves, save_curves
 from ssm_train.record.results import Record, Results, better_weights
 from ssm_train.record.series import Entry, read_entries, train_means
 from ssm_train.step.evaluate import Accuracy
 
-_LONGEST_LIST = 30  # lines of events or files in report.md
+_LONGEST_LIST = 30  # lines of events, files or classes in report.md
+_MOST_CONFUSIONS = 3  # other classes that are named beside one
+_LARGEST_MATRIX = 20  # classes of a confusion matrix that is written out
 # where the run lay, not what it was
 _PLACES = ("DATA.DATA_PATH", "OUTPUT", "TAG")
 
@@ -40,7 +46,7 @@ def write_report(folder: Path) -> Path:
     # a run that was finished before it was continued here has events alone
     measured = any(entry["kind"] != "event" for entry in entries)
     if measured:
-        save_curves([read_curves(folder)], folder / "curves.png")
+        save_curves(read_curves(folder), folder / "curves.png")
     validated = {entry["epoch"]: entry for entry in entries if entry["kind"] == "val"}
     metrics = _read_json(folder / "metrics.json")
     if metrics.get("mode") != "train" or metrics["results"]["last"]["epoch"] < max(validated, default=0):
@@ -52,6 +58,7 @@ def write_report(folder: Path) -> Path:
         _status(config, len(validated), entries[-1]["update"], metrics),
         "## Result",
         *_results(metrics["results"] if metrics else _records(validated)),
+        *(_classes(folder) if metrics else []),
         "## Setup",
         *_table(("", ""), _setup(config, entries, metrics).items()),
         "## Recipe",
@@ -110,6 +117,37 @@ def _results(records: Mapping[str, Record]) -> list[str]:
         f"**{records[best]['top1']:.2f} %** top-1, by `checkpoints/{best}` (epoch {records[best]['epoch']}).",
         *_table(("weights", "epoch", "top-1 (%)", "top-5 (%)", "loss (nats)", "images"), rows),
     ]
+
+
+def _classes(folder: Path) -> list[str]:
+    """How each class was recognised by the best weights, of a run that wrote it down."""
+    path = folder / f"{TRAINED}_confusion.csv"
+    if not path.is_file():
+        return []
+    counts = read_counts(path)
+    shares = {name: of_it[name] / sum(of_it.values()) for name, of_it in counts.items() if any(of_it.values())}
+    order = sorted(counts, key=lambda name: (shares.get(name, math.inf), name))
+    rows = []
+    for name in order[:_LONGEST_LIST]:
+        others = [f"{_cell(other)} ({number})" for other, number in counts[name].items() if other != name]
+        right = f"{100 * shares[name]:.1f}" if name in shares else ""
+        rows.append((_cell(name), sum(counts[name].values()), right, ", ".join(others[:_MOST_CONFUSIONS])))
+    more = f" {len(counts) - _LONGEST_LIST} others are in" if len(counts) > _LONGEST_LIST else " All counts:"
+    text = [
+        "## Classes",
+        f"Of the best weights, the worst first.{more} `{path.name}`; every image: `{TRAINED}.csv`.",
+        *_table(("class", "images", "right (%)", "taken for"), rows),
+    ]
+    if len(counts) <= _LARGEST_MATRIX:
+        matrix = [(_cell(name), *(of_it.get(other, 0) for other in counts)) for name, of_it in counts.items()]
+        text += ["Confusion matrix: rows are classes of the images, columns what they were taken for."]
+        text += _table(("", *map(_cell, counts)), matrix)
+    return [*text, f"![validation images with the highest loss]({TRAINED}_worst.png)"]
+
+
+def _cell(name: str) -> str:
+    """The name of a class as it stands, where Markdown and HTML would read marks into it."""
+    return re.sub(r"([\\`*_{}\[\]<>#~&])", r"\\\1", printable(name))
 
 
 def _setup(config: Mapping[str, Any], entries: Sequence[Entry], metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -86,7 +86,7 @@ def summary(records: Mapping[str, Record]) -> str:
 
 def description(cfg: CN, world: World, network: nn.Module, amp: str) -> dict[str, Any]:
     """What was run, on what: the part of metrics.json that training and evaluation share."""
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     return {
         "model": cfg.MODEL.NAME,
         "parameters": count_parameters(network),

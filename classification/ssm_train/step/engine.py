@@ -131,7 +131,17 @@ def take_update(
         if run.ema is not None:
             run.ema.update()
     elif statistics is not None:
-        with torch.no_grad():
-            for own, before in zip(run.statistics, statistics, strict=True):
-                own.copy_(before)
+        _put_back(run, statistics)
     return Update(made, overflow, bool(stops), norm)
+
+
+def forget_update(run: Training, statistics: list[torch.Tensor]) -> None:
+    """Undo the micro-steps of an update that is not made here; `statistics` as in `take_update`."""
+    run.optimizer.zero_grad(set_to_none=True)
+    _put_back(run, statistics)
+
+
+@torch.no_grad()
+def _put_back(run: Training, statistics: list[torch.Tensor]) -> None:
+    for own, before in zip(run.statistics, statistics, strict=True):
+        own.copy_(before)

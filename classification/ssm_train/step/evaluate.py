@@ -1,5 +1,6 @@
 """Validation: exact for any number of ranks and any batch size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
 from ssm_train.common.precision import autocast
 from ssm_train.common.preemption import StopRequest
-from ssm_train.data.dataset import BadImages
+from ssm_train.data.dataset import BadImages, Batch
 from ssm_train.step.parallel import gathered
 
 
@@ -39,13 +40,15 @@ def validate(
     stop: StopRequest,
     *,
     memory_format: torch.memory_format = torch.contiguous_format,
+    watch: Callable[[str, Batch, torch.Tensor], None] | None = None,
 ) -> dict[str, Accuracy]:
     """Evaluate all `models` in one pass over this rank's images: sums, exchanged once.
 
-    Unreadable images are left out. Raises UserError when none is readable, Interrupted when `stop` was set meanwhile.
+    `watch`(model's name, batch, logits (B, K) in fp32) is called for every batch with readable images. Others are left
+    out. Raises UserError when none is readable, Interrupted when `stop` was set meanwhile.
     """
     # per model: loss, top-1 hits, top-5 hits, images
-    sums = {name: torch.zeros(4, dtype=torch.float64, device=world.device) for name in models}
+    sums = {name: torch.zeros(4, dtype=world.wide, device=world.device) for name in models}
     with gathered(models.values()):
         for batch in loader:
             if stop:
@@ -62,6 +65,8 @@ def validate(
                 hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
                 loss = F.cross_entropy(logits, targets, reduction="sum")
                 sums[name] += torch.stack([loss, hits[:, 0].sum(), hits.sum(), loss.new_full((), len(targets))])
+                if watch is not None:
+                    watch(name, batch, logits)
     if world.sum([bool(stop)])[0]:
         raise Interrupted
     bad.share()

@@ -18,7 +18,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        self._loss = torch.zeros((), dtype=self._world.wide, device=self._world.device)
         self._steps = self._images = 0
         self._waited = 0.0
         self._start = time.perf_counter()

@@ -23,9 +23,10 @@ class Rates:
 def resolve_rates(train_cfg: CN, images_per_update: int) -> Rates:
     """Linear scaling: rates of the config x (batch per process x processes x accumulation steps) / 512.
 
-    TRAIN.LR_SCALING says which: all three (the trainers of VMamba and VSSD), or the base rate alone (Vim's).
+    TRAIN.LR_SCALING says which: all three (the trainers of VMamba and VSSD), the base rate alone (Vim's), or none: then
+    they are the rates themselves.
     """
-    scale = images_per_update / _REFERENCE_BATCH
+    scale = 1.0 if train_cfg.LR_SCALING == "none" else images_per_update / _REFERENCE_BATCH
     rest = scale if train_cfg.LR_SCALING == "all" else 1.0
     return Rates(train_cfg.BASE_LR * scale, train_cfg.WARMUP_LR * rest, train_cfg.MIN_LR * rest)
 

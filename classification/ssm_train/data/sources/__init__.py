@@ -6,11 +6,13 @@ from ssm_train.data.sources.cifar import Cifar10Source, Cifar100Source
 from ssm_train.data.sources.folder import FolderSource
 from ssm_train.data.sources.image_list import ImageListSource
 from ssm_train.data.sources.parquet import ParquetSource
+from ssm_train.data.sources.photos import PhotoSource
 from ssm_train.data.sources.tar import TarSource
 from ssm_train.data.sources.zip import ZipSource
 
 FORMATS = {
     "folder": FolderSource,
+    "photos": PhotoSource,
     "zip": ZipSource,
     "tar": TarSource,
     "parquet": ParquetSource,
@@ -19,4 +21,4 @@ FORMATS = {
     "cifar100": Cifar100Source,
 }
 
-__all__ = ["FORMATS", "ImageSource", "cached"]
+__all__ = ["FORMATS", "ImageSource", "PhotoSource", "cached"]

@@ -31,6 +31,8 @@ class ImageSource(ABC):
     """
 
     CLASS = "class"  # what messages call one
+    notes: Sequence[str] = ()
+    """What a user should know of what was found, for the log, a line each."""
 
     def __init__(self, root: Path, classes: list[str], targets: Sequence[int]) -> None:
         self.root, self.classes, self.decoder = root, classes, Decoder()

@@ -4,15 +4,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from ssm_train.common.errors import UserError
+from ssm_train.common.image_names import SUFFIXES, is_hidden, is_image
 from ssm_train.data.sources.base import ImageSource, PackedNames, check_class_count, read_range
 
 
 class FolderSource(ImageSource):
     """root/{train,val}/<class>/**/*, classes and images in the order of their names, as torchvision's ImageFolder has
-    them. Links are followed, but no folder is entered twice: a link to a parent or to another class adds nothing."""
+    them. Hidden folders and files are none. Links are followed, but no folder is entered twice: a link to a parent or
+    to another class adds nothing."""
 
     LAYOUT = "it must hold train/<class>/*.png|jpg|... and val/<class>/*.png|jpg|..."
     CLASS = "class folder"
@@ -20,19 +20,23 @@ class FolderSource(ImageSource):
     def __init__(self, root: Path, split: str, num_classes: int | None) -> None:
         folder = root / split
         if not folder.is_dir():
-            raise UserError(f"--data-path {root} has no folder {split!r}; {self.LAYOUT}")
+            raise UserError(
+                f"--data-path {root} has no folder {split!r}; {self.LAYOUT}; or, to have it split, one folder for each "
+                "class: --dataset photos"
+            )
         try:
-            classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            classes = class_folders(folder)
             if not classes:
                 raise UserError(f"{folder} holds no class folders; --data-path {root}: {self.LAYOUT}")
-            images = _images(folder, classes)
+            files = files_below(folder, classes)
         except OSError as error:
             raise UserError(f"cannot list {error.filename or folder}: {error.strerror}") from error
+        images = [[path for path in paths if is_image(os.path.basename(path))] for paths in files]
         empty = [name for name, paths in zip(classes, images, strict=True) if not paths]
         if empty:
             more = f" (nor do {len(empty) - 1} others)" if len(empty) > 1 else ""
             raise UserError(
-                f"class folder {folder / empty[0]} holds no images{more}; put images ({', '.join(IMG_EXTENSIONS)}) "
+                f"class folder {folder / empty[0]} holds no images{more}; put images ({', '.join(SUFFIXES)}) "
                 "into it or remove it from train and val"
             )
         check_class_count(folder, len(classes), num_classes, "class folders")
@@ -46,34 +50,35 @@ class FolderSource(ImageSource):
         return read_range(self._paths[index])
 
 
-def _images(folder: Path, classes: list[str]) -> list[list[str]]:
-    """The paths of the images of every class, sorted. Raises OSError for what cannot be listed."""
+def class_folders(folder: str | Path) -> list[str]:
+    """The names of the folders in `folder`, sorted, hidden ones left out. Raises OSError."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+
+
+def files_below(folder: Path, classes: list[str]) -> list[list[str]]:
+    """The paths of the files below every class folder, sorted. Raises OSError for what cannot be listed."""
     entered = {_identity(folder), *(_identity(folder / name) for name in classes)}
     return [
-        [
-            os.path.join(place, name)
-            for place, names in sorted(_walk(str(folder / each), entered))
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS)
-        ]
+        [os.path.join(place, name) for place, names in sorted(_walk(str(folder / each), entered)) for name in names]
         for each in classes
     ]
 
 
 def _walk(top: str, entered: set[tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, its files, sorted) of `top` and of the folders below it that nobody has entered before."""
+    """(folder, its files, sorted) of `top` and of the folders below it that are not hidden and that nobody has entered
+    before."""
 
     def fail(error: OSError) -> None:
         raise error
 
     for place, folders, names in os.walk(top, followlinks=True, onerror=fail):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         if place != top:
             identity = _identity(place)
             if identity in entered:
                 folders.clear()
                 continue
             entered.add(identity)
-        folders.sort()
         yield place, sorted(names)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import open_regular
+from ssm_train.common.image_names import SUFFIXES, is_hidden, is_image
 from ssm_train.data.sources.base import (
     ImageSource,
     PackedNames,
@@ -69,7 +69,7 @@ class TarSource(ImageSource):
         for number, path in enumerate(shards):
             _walk(path, number, images, labels)
         if not images:
-            raise UserError(f"{where} holds no images ({', '.join(IMG_EXTENSIONS)})")
+            raise UserError(f"{where} holds no images ({', '.join(SUFFIXES)})")
         if any(_key(image) in labels for image in images):
             targets = _sample_labels(images, labels, shards, num_classes)
             classes = numbered_classes(targets, num_classes)
@@ -94,7 +94,9 @@ def _walk(path: Path, number: int, images: list[_Image], labels: dict[tuple[int,
     """Add the images of shard `number` to `images`, and its labels (None for one that is no integer) to `labels`."""
     for name, offset, size in _members(path):
         pure = PurePosixPath(name)
-        if pure.suffix.lower() in IMG_EXTENSIONS:
+        if any(map(is_hidden, pure.parts)):
+            continue
+        if is_image(pure.name):
             images.append(_Image(str(pure), number, offset, size))
         elif pure.suffix in (".cls", ".json"):
             image = _Image(str(pure), number, offset, size)
@@ -174,7 +176,7 @@ def _sample_labels(
     alone = labels.keys() - {_key(image) for image in images}
     if alone:
         shard, key = min(alone)
-        raise UserError(f"{shards[shard]}: sample {key!r} has a label, but no image ({', '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{shards[shard]}: sample {key!r} has a label, but no image ({', '.join(SUFFIXES)})")
     return targets
 
 
