@@ -10,6 +10,7 @@ from .dense import DenseBackbone, DenseVisionMamba, DenseVSSD, DenseVSSM
 from .fvcore_counter import fvcore_handles
 from .inference import for_inference
 from .model_card import ModelCard, model_card
+from .plain_layers import plain_layers
 from .upstream import from_upstream
 from .vim import VisionMamba
 from .vssd import VSSD
@@ -34,6 +35,7 @@ __all__ = [
     "fvcore_handles",
     "load_checkpoint",
     "model_card",
+    "plain_layers",
     "read_checkpoint",
 ]
 

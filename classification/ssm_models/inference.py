@@ -22,7 +22,8 @@ def for_inference(model: Model, dtype: torch.dtype = torch.float32) -> Model:
     The weights of linear maps and convolutions are brought into oneDNN's order once instead of by every call, what the
     scans need of their parameters is computed once, and BatchNorm is folded into the convolutions. The copy keeps the
     class, its methods and its results; it has no gradients, no state dict, and is neither compiled nor exported:
-    those are for the model it was made from. Layers of other libraries stay as they are.
+    those are for the model it was made from. Layers of other libraries stay as they are, and so do layers that have
+    hooks, which the copy keeps.
 
     Args:
         model: in eval mode, float32 weights on the CPU. A model that was prepared already is returned as it is.
@@ -60,8 +61,9 @@ def _check(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _replaced(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """What stands for `module`: what its own `for_inference` says, else itself with its children replaced."""
-    if hasattr(module, "for_inference"):
+    """What stands for `module`: what its own `for_inference` says, unless a hook waits for it, else itself with its
+    children replaced."""
+    if hasattr(module, "for_inference") and onednn.unwatched(module):
         return module.for_inference(dtype)
     for name, child in module.named_children():
         setattr(module, name, _replaced(child, dtype))

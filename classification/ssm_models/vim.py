@@ -20,8 +20,8 @@ from timm.layers import DropPath, create_classifier, to_2tuple, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from .layers.autodiff import recomputed
 from .layers.bimamba import BiMamba
 from .layers.norm import RMSNorm, add_normed
 from .layers.patch_embed import PatchEmbed
@@ -55,8 +55,8 @@ class VimBlock(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, L, C) and the residual stream (B, L, C), None before the first block -> both again."""
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, hidden, residual, use_reentrant=False)
+        if self.use_checkpoint:
+            return recomputed(self._forward, hidden, residual)
         return self._forward(hidden, residual)
 
     def _forward(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

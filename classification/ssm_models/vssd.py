@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath
+from timm.layers import DropPath, register_notrace_module
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .layers.attention import Attention
+from .layers.autodiff import recomputed
 from .layers.conv import DepthwiseConv
 from .layers.conv_stem import get_downsample, get_stem
 from .layers.linear_nc_ssd import LinearNCSSD
@@ -35,6 +35,7 @@ __all__ = ["VSSD"]
 ATTN_TYPES = ("mamba2", "standard")
 
 
+@register_notrace_module
 class VSSDBlock(nn.Module):
     """x + cpe1(x); + drop_path(attn(norm1(x))); + cpe2(x); + drop_path(mlp(norm2(x))).
 
@@ -63,9 +64,7 @@ class VSSDBlock(nn.Module):
         self.use_checkpoint = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
+        return recomputed(self._forward, x) if self.use_checkpoint else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         x, tokens = add_normed(self.norm1, x, self.cpe1(x))
@@ -95,7 +94,7 @@ class VSSD(PyramidModel):
         ssd_linear_norm: the mixer of the second generation, `LinearNCSSD`, which is neither causal nor negative.
         exp_da, rope: parts of that mixer, see there what is certain about them; not without `ssd_linear_norm`.
         global_pool: of the head, as in timm.
-        scan_impl: implementation of the operators, see `ssm_ops`.
+        scan_impl: implementation of the operators, see `ssm_ops`; "reference" writes attention out, too.
         device, dtype: of parameters and buffers, as in PyTorch's layers.
     """
 
@@ -165,7 +164,7 @@ class VSSD(PyramidModel):
             if dim % heads:
                 raise ValueError(f"num_heads: {heads} does not divide the {dim} channels of its stage")
             if kind == "standard":
-                return Attention(dim, heads, **dd)
+                return Attention(dim, heads, fused=scan_impl != "reference", **dd)
             shared = {
                 "d_model": dim,
                 "d_state": state,
@@ -215,7 +214,7 @@ class VSSD(PyramidModel):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map -> logits, or with `pre_logits` what the linear layer sees, (B, head_hidden_size)."""
         x = self.pool(self.norm(x))
-        return x if pre_logits else classify(self.head, x, self.output_fmt)
+        return x if pre_logits else classify(self.head, x, self.pool.is_identity(), self.output_fmt)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W), any H and W (from 4 on with the simple stem) -> logits (B, num_classes)."""

@@ -16,11 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, register_notrace_module, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from .layers.autodiff import recomputed, to_channels_last
 from .layers.forward_type import mixer_family
 from .layers.mlp import Mlp
 from .layers.norm import add_normed, get_norm, is_channel_first, normed
@@ -36,6 +36,7 @@ __all__ = ["VSSM"]
 _MIXERS = {"v": SS2D, "xv": SS2DXv, "m0": SS2DM0}
 
 
+@register_notrace_module
 class VSSBlock(nn.Module):
     """x + drop_path(op(norm(x))), then x + drop_path(mlp(norm2(x))); either branch may be absent."""
 
@@ -62,9 +63,7 @@ class VSSBlock(nn.Module):
         self.use_checkpoint = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
+        return recomputed(self._forward, x) if self.use_checkpoint else self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         branch = None
@@ -87,7 +86,7 @@ class ClassifierHead(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.drop(self.pool(self.norm(x)))
-        return x if pre_logits else classify(self.head, x, self.output_fmt)
+        return x if pre_logits else classify(self.head, x, self.pool.is_identity(), self.output_fmt)
 
 
 class VSSM(PyramidModel):
@@ -226,8 +225,8 @@ class VSSM(PyramidModel):
     def forward_stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> first tokens in the model's layout."""
         self.check_images(x)
-        if self.channel_first and x.device.type == "cpu":  # all layers are faster in this order there, and keep it
-            x = x.contiguous(memory_format=torch.channels_last)
+        if self.channel_first:
+            x = _in_fast_order(x)
         x = super().forward_stem(x)
         if self.pos_embed is not None:
             size = x.shape[2:] if self.channel_first else x.shape[1:3]
@@ -265,6 +264,13 @@ class VSSM(PyramidModel):
         return checkpoint_filter_fn(state_dict, self)
 
 
+@torch.fx.wrap
+def _in_fast_order(x: Tensor) -> Tensor:
+    """The same map, in whose memory all layers are faster and which they keep: on the CPU (B, H, W, C)."""
+    return to_channels_last(x) if x.device.type == "cpu" else x
+
+
+@torch.fx.wrap
 def resize_pos_embed(pos_embed: Tensor, size: Sequence[int]) -> Tensor:
     """(1, C, h, w) -> (1, C, *size), bicubic."""
     if tuple(pos_embed.shape[2:]) == tuple(size):

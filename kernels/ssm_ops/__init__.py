@@ -2,7 +2,7 @@
 
 from ._flops import flop_formulas, register_flop_formulas
 from ._fvcore import fvcore_handles
-from ._library import no_autocast, runs_eagerly
+from ._library import is_transformed, no_autocast, runs_eagerly
 from .add_norm import add_norm
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
@@ -23,6 +23,7 @@ __all__ = [
     "cross_scan",
     "flop_formulas",
     "fvcore_handles",
+    "is_transformed",
     "nc_ssd",
     "no_autocast",
     "register_flop_formulas",

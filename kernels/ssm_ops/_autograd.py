@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ._library import LAUNCHERS, no_autocast, register_autograd, runs_eagerly
+from ._library import LAUNCHERS, is_transformed, no_autocast, register_autograd, runs_eagerly
 
 
 def differentiate(overload, apply: Callable, meaning: Callable) -> Callable:
@@ -27,7 +26,7 @@ def differentiate(overload, apply: Callable, meaning: Callable) -> Callable:
     `meaning`; both take its arguments. Returns what is to be called in its place."""
 
     def run(*args):
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if is_transformed():
             return meaning(*args)
         if torch.is_grad_enabled():
             return apply(*args)

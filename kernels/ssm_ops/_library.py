@@ -265,6 +265,12 @@ def no_autocast(device_type: str):
     return torch.autocast(device_type=device_type, enabled=False)
 
 
+def is_transformed() -> bool:
+    """Whether transforms of `torch.func` (also those of vectorised Jacobians and batched gradients) or forward-mode
+    derivatives are at work. They see operators alone: no kernels behind them, and no layouts in memory."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def runs_eagerly(*tensors: torch.Tensor | None) -> bool:
     """Whether a call may be computed by what has no derivative and no name for PyTorch: nobody wants a derivative of
     `tensors`, which are more than shapes, and nobody looks at the operators, as compilers, tracers, transforms and
@@ -274,7 +280,7 @@ def runs_eagerly(*tensors: torch.Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return False
     return torch._C._len_torch_dispatch_stack() == 0 and all(type(t) in _PLAIN and not t.is_meta for t in given)
 

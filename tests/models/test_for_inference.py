@@ -151,10 +151,7 @@ def test_a_prepared_model_holds_its_weights_once():
 def test_two_maps_in_parts(kind, tokens, monkeypatch):
     monkeypatch.setattr(linear, "HIDDEN_BYTES", 1 << 16)  # parts of 341 tokens
     first, act, second = kind(16, 48), nn.GELU(), kind(48, 16)
-    if kind is Linear:
-        x = torch.randn(2, tokens // 2 or 1, 16)
-    else:
-        x = torch.randn(2, 16, 2, tokens // 4 or 1).to(memory_format=torch.channels_last)
+    x = torch.randn(2, tokens // 2 or 1, 16) if kind is Linear else torch.randn(2, 2, tokens // 4 or 1, 16)
     with torch.no_grad():
         got = two_maps(first, act, second, x)
         torch.testing.assert_close(got, second(act(first(x))), rtol=1e-5, atol=1e-6)

@@ -11,12 +11,14 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor
 
 from ssm_ops import bidirectional_scan, causal_conv1d, no_autocast, selective_scan, silu_gate
 
 from .linear import Linear
+from .onednn import is_plain
 from .ssm_init import reset_decay_, reset_dt_bias_, reset_projection_
 
 BIMAMBA_TYPES = ("none", "v1", "v2")
@@ -25,7 +27,10 @@ BIMAMBA_TYPES = ("none", "v1", "v2")
 class BiMamba(nn.Module):
     """in_proj -> [causal conv -> SiLU -> scan] forwards and backwards -> sum -> times gate -> out_proj.
 
-    Both directions are one operator, `ssm_ops.bidirectional_scan`; activations stay (B, L, E) all the way.
+    Both directions are one operator, `ssm_ops.bidirectional_scan`, which reads the weight of `dt_proj`, as
+    `ssm_ops.causal_conv1d` does that of `conv1d`; activations stay (B, L, E) all the way. Where there is more to these
+    layers than their weights (adapters, parametrisations, quantised layers, hooks), they are called, at the speed of a
+    composition.
 
     Args:
         d_model: C.
@@ -119,8 +124,12 @@ class BiMamba(nn.Module):
         y = self.out_proj(silu_gate(y, z.to(y.dtype), scale=0.5 if self.halve else 1.0, impl=self.side_impl))
         return y if self.gamma is None else y * self.gamma
 
-    def _conv(self, x: Tensor, conv: nn.Conv1d, reverse: bool = False) -> Tensor:
+    def _conv(self, x: Tensor, conv: nn.Module, reverse: bool = False) -> Tensor:
         """(B, L, E) -> SiLU of the causal convolution, from the end with `reverse`."""
+        if not is_plain(conv, nn.Conv1d):
+            u = x.flip(1) if reverse else x
+            u = F.silu(conv(u.mT)[..., : x.shape[1]]).mT.to(x.dtype)
+            return u.flip(1) if reverse else u
         weight, impl = conv.weight.squeeze(1), self.side_impl
         u = causal_conv1d(x.mT, weight, conv.bias, activation="silu", reverse=reverse, impl=impl)
         return u.mT
@@ -131,23 +140,36 @@ class BiMamba(nn.Module):
         there = self._conv(x, self.conv1d)
         # v1 convolves forwards for both ways, as published
         back = there if shared else self._conv(x, self.conv1d_b, reverse=True)
-        x_proj = self.x_proj if shared else self.x_proj_b
-        proj = torch.cat([self.x_proj(there), x_proj(back)], 2).to(there.dtype)
+        proj = [self.x_proj(there), (self.x_proj if shared else self.x_proj_b)(back)]
+        if not self._has_plain_steps():
+            y = self._scan(back.flip(1), proj[1].flip(1), *self._of_the_way_back())
+            return self._scan(there, proj[0], self.dt_proj, self.A_log, self.D) + y.flip(1)
+        proj = torch.cat(proj, 2).to(there.dtype)
         return bidirectional_scan(there, back, proj, *self._parameters_of_scan(), impl=self.impl)
+
+    def _of_the_way_back(self) -> tuple[nn.Module, Tensor, Tensor]:
+        """Its dt_proj, A_b_log and D."""
+        if self.bimamba_type == "v1":
+            return self.dt_proj, self.A_b_log, self.D
+        return self.dt_proj_b, self.A_b_log, self.D_b
+
+    def _has_plain_steps(self) -> bool:
+        """Whether the step sizes of both directions are no more than products with weights."""
+        return is_plain(self.dt_proj, nn.Linear) and (self.bimamba_type == "v1" or is_plain(self.dt_proj_b, nn.Linear))
 
     def fold_constants(self, dtype: torch.dtype) -> None:
         """For inference: what the scan of both directions needs of the parameters, once. They stay in float32."""
-        if self.bimamba_type != "none":
+        if self.bimamba_type != "none" and self._has_plain_steps():
             self.folded = self._parameters_of_scan()
 
     def _parameters_of_scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of both directions: dt_weight (2, E, R), A (2E, N), D (2E), dt_bias (2E) in float32 (or float64)."""
         if self.folded is not None:
             return self.folded
-        dt_proj, D = (self.dt_proj, self.D) if self.bimamba_type == "v1" else (self.dt_proj_b, self.D_b)
+        dt_proj, A_b_log, D = self._of_the_way_back()
         return (
             _at_least_float32(torch.stack([self.dt_proj.weight, dt_proj.weight])),
-            -torch.cat([_at_least_float32(self.A_log), _at_least_float32(self.A_b_log)]).exp(),
+            -torch.cat([_at_least_float32(self.A_log), _at_least_float32(A_b_log)]).exp(),
             _at_least_float32(torch.cat([self.D, D])),
             _at_least_float32(torch.cat([self.dt_proj.bias, dt_proj.bias])),
         )
@@ -155,18 +177,25 @@ class BiMamba(nn.Module):
     def _forwards(self, x: Tensor) -> Tensor:
         """(B, L, E) -> the scan from the first token to the last."""
         u = self._conv(x, self.conv1d)
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        weight = _at_least_float32(self.dt_proj.weight)
+        return self._scan(u, self.x_proj(u), self.dt_proj, self.A_log, self.D)
+
+    def _scan(self, u: Tensor, proj: Tensor, dt_proj: nn.Module, A_log: Tensor, D: Tensor) -> Tensor:
+        """One direction: (B, L, E), (B, L, R + 2N) -> (B, L, E)."""
+        dt, B, C = proj.split([self.dt_rank, self.d_state, self.d_state], dim=2)
         with no_autocast(u.device.type):  # step sizes in float32, as `bidirectional_scan` has them
-            delta = weight @ dt.mT.to(weight.dtype)  # (B, E, L)
+            if is_plain(dt_proj, nn.Linear):
+                weight, bias = _at_least_float32(dt_proj.weight), _at_least_float32(dt_proj.bias)
+                delta = weight @ dt.mT.to(weight.dtype)  # (B, E, L)
+            else:
+                delta, bias = _at_least_float32(dt_proj(dt.to(D.dtype))).mT, None
         y = selective_scan(
             u.mT,
             delta,
-            -_at_least_float32(self.A_log).exp(),
+            -_at_least_float32(A_log).exp(),
             B.mT.to(u.dtype),
             C.mT.to(u.dtype),
-            _at_least_float32(self.D),
-            _at_least_float32(self.dt_proj.bias),
+            _at_least_float32(D),
+            bias,
             delta_softplus=True,
             impl=self.impl,
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .conv2d import Conv2d, PackedConv2d
+from .onednn import is_plain, unwatched
 
 
 class DepthwiseConv(Conv2d):
@@ -58,13 +59,14 @@ class ConvNormAct(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.conv = Conv2d(dim, out_dim, kernel_size, stride, padding, groups=groups, bias=bias, **dd)
         self.norm = nn.BatchNorm2d(out_dim, **dd) if norm else nn.Identity()
-        self.act = nn.ReLU(inplace=True) if act else nn.Identity()
+        self.act = nn.ReLU() if act else nn.Identity()  # not in place, which backward hooks do not bear
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
 
     def fuse(self) -> nn.Module:
-        """The same function with the running statistics folded into the convolution; for a module in eval mode."""
-        if isinstance(self.norm, nn.Identity):
+        """The same function with the running statistics folded into the convolution; for a module in eval mode. Itself
+        where there is no norm, or the convolution is more than its weight."""
+        if isinstance(self.norm, nn.Identity) or not is_plain(self.conv, Conv2d) or not unwatched(self, self.norm):
             return self
         return nn.Sequential(fuse_conv_bn_eval(self.conv, self.norm), self.act)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor
 
 from . import onednn
 
 
+@register_notrace_module
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d`, without other padding than zeros.
 
@@ -26,7 +28,7 @@ class Conv2d(nn.Conv2d):
 
     def fused(self, x: Tensor, act: nn.Module) -> Tensor | None:
         """act of the convolution in one pass, without derivatives; None where oneDNN cannot."""
-        if not x.is_contiguous(memory_format=torch.channels_last) or not onednn.takes(x, self.weight):
+        if not onednn.takes(x, self.weight, self.bias) or not x.is_contiguous(memory_format=torch.channels_last):
             return None
         return onednn.conv2d(x, self.weight, self.bias, onednn.places(self), act)
 

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
+from timm.layers import register_notrace_module
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .autodiff import to_channels_last
 from .conv import ConvNormAct
 from .conv2d import Conv2d
+from .onednn import is_plain, unwatched
 
 
+@register_notrace_module
 class ConvStem(nn.Module):
     """(B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim), by five convolutions with BatchNorm."""
 
@@ -35,11 +39,12 @@ class ConvStem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(to_channels_last(x))
         x = x + self.conv2(x)
         return self.conv3(x).permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class SimpleStem(nn.Module):
     """(B, in_chans, H, W) -> (B, H//4, W//4, dim): 4x4 patches, BatchNorm, ReLU, LayerNorm."""
 
@@ -50,10 +55,11 @@ class SimpleStem(nn.Module):
         self.conv1 = ConvNormAct(in_chans, dim, 4, stride=4, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(to_channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1))
 
 
+@register_notrace_module
 class ConvDownsample(nn.Module):
     """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C): widen to 8C, depthwise 3x3 of stride 2, narrow to 2C."""
 
@@ -71,6 +77,7 @@ class ConvDownsample(nn.Module):
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class SimpleDownsample(nn.Module):
     """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C): 3x3 convolution of stride 2, ReLU, LayerNorm.
 
@@ -87,6 +94,7 @@ class SimpleDownsample(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
+@register_notrace_module
 class RMTStem(nn.Module):
     """(B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim): four 3x3 convolutions with BatchNorm, GELU between them.
 
@@ -103,7 +111,7 @@ class RMTStem(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        return self.proj(to_channels_last(x)).permute(0, 2, 3, 1)
 
     def fuse(self) -> RMTStem:
         """Itself, with the running statistics folded into the convolutions; for a module in eval mode."""
@@ -112,6 +120,7 @@ class RMTStem(nn.Module):
         return self
 
 
+@register_notrace_module
 class RMTDownsample(nn.Module):
     """(B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C): 3x3 convolution of stride 2, BatchNorm.
 
@@ -134,8 +143,11 @@ class RMTDownsample(nn.Module):
 
 
 def _folded(conv: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """A convolution that does the norm's work, too, and nothing in the place of the norm."""
-    return (conv, norm) if isinstance(norm, nn.Identity) else (fuse_conv_bn_eval(conv, norm), nn.Identity())
+    """A convolution that does the norm's work, too, and nothing in the place of the norm; both as they are where the
+    convolution is more than its weight."""
+    if isinstance(norm, nn.Identity) or not is_plain(conv, Conv2d) or not unwatched(norm):
+        return conv, norm
+    return fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
 def get_stem(simple: bool, rmt: bool) -> type[nn.Module]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .act import get_act
-from .linear import get_linear, two_maps
+from .autodiff import recomputed
+from .linear import get_linear, of_channels, two_maps
 
 
 class Mlp(nn.Module):
@@ -37,7 +37,7 @@ class Mlp(nn.Module):
         linear = get_linear(channel_first)
         self.gated = gated
         self.recompute = False
-        self.channel_dim = 1 if channel_first else -1
+        self.channel_first = channel_first
         self.fc1 = linear(dim, hidden_dim * (2 if gated else 1), **dd)
         self.act = get_act(act_layer)
         self.fc2 = linear(hidden_dim, dim, **dd)
@@ -45,19 +45,21 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.gated and not (self.training and self.drop.p):
-            y = two_maps(self.fc1, self.act, self.fc2, x)
+            y = self._in_one_pass(x)
             if y is not None:
                 return self.drop(y)
-        x = self.fc1(x)
-        if self.recompute and torch.is_grad_enabled():
-            # it stops again before the product of fc2, which needs no result of its own
-            return checkpoint(self._from_hidden, x, use_reentrant=False)
-        return self._from_hidden(x)
+        x = of_channels(self.fc1, x, self.channel_first)
+        # recomputing stops again before the product of fc2, which needs no result of its own
+        return recomputed(self._from_hidden, x) if self.recompute else self._from_hidden(x)
+
+    def _in_one_pass(self, x: Tensor) -> Tensor | None:
+        y = two_maps(self.fc1, self.act, self.fc2, x.permute(0, 2, 3, 1) if self.channel_first else x)
+        return y.permute(0, 3, 1, 2) if y is not None and self.channel_first else y
 
     def _from_hidden(self, x: Tensor) -> Tensor:
         if self.gated:
-            x, gate = x.chunk(2, dim=self.channel_dim)
+            x, gate = x.chunk(2, dim=1 if self.channel_first else -1)
             x = x * self.act(gate)
         else:
             x = self.drop(self.act(x))
-        return self.drop(self.fc2(x))
+        return self.drop(of_channels(self.fc2, x, self.channel_first))

@@ -39,9 +39,9 @@ def dtype_of_product(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN's operators may stand for PyTorch's: on the CPU, in float32 or bfloat16, where nobody wants a
-    derivative and nobody looks at the operators, as compilers, tracers and counters do."""
+    derivative of anything and nobody looks at the operators, as compilers, tracers and counters do."""
     if x.device.type != "cpu" or not _AVAILABLE or not torch.backends.mkldnn.enabled:
         return False
     dtype = dtype_of_product(x)
@@ -49,14 +49,27 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         return False
     if dtype == x.dtype and weight.dtype != dtype and not torch.is_autocast_enabled("cpu"):
         return False  # PyTorch has the right error for this
-    return runs_eagerly(x, weight)
+    return runs_eagerly(x, weight, bias)
 
 
 def unwatched(*modules: nn.Module) -> bool:
-    """Whether no hook waits for the results of `modules`, so that those between them need not exist."""
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    """Whether no hook waits for a call of `modules`, so that their results need not exist."""
+    if nn_module._has_any_global_hook():
         return False
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the weight of `layer` is all there is to it, so that a fused operator may read that instead of calling
+    the layer. It is not in adapters around a layer, in parametrised, pruned or quantised ones, nor where hooks wait."""
+    return type(layer) is kind and not is_wrapper(layer.weight) and unwatched(layer)
+
+
+def is_wrapper(weight: Tensor) -> bool:
+    """Whether `weight` is made of other tensors, as a quantised one is, and can do no more than what it is made for."""
+    return type(weight) is not nn.Parameter and hasattr(weight, "__tensor_flatten__")
 
 
 def known_act(act: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from . import onednn
 from .act import get_act
 from .conv2d import Conv2d, activated
 from .forward_type import parse_forward_type
-from .linear import get_linear
+from .linear import get_linear, of_channels
 from .norm import get_norm, normed, to_channel_first, to_channel_last
 from .ssm_init import reset_projection_, reset_ssm, ssm_parameters, x_proj_parameter
 
@@ -97,7 +97,8 @@ class SS2D(nn.Module):
         else:
             self.conv2d = nn.Identity()
         self.act = get_act(act_layer)
-        self.gate_act = get_act(act_layer) if variant.gate_act else nn.Identity()
+        if variant.gate:
+            self.gate_act = get_act(act_layer) if variant.gate_act else nn.Identity()
         if variant.fixed:
             self.out_norm = out_norm
         self.out_act = nn.GELU() if variant.out_act else nn.Identity()
@@ -111,7 +112,7 @@ class SS2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""
-        x = self.in_proj(x)
+        x = of_channels(self.in_proj, x, self.channel_first)
         gate = None
         if self.gated:
             x, gate = x.chunk(2, dim=1 if self.channel_first else -1)
@@ -123,7 +124,7 @@ class SS2D(nn.Module):
         y = self.out_act(normed(self.out_norm, y).to(x.dtype))
         if gate is not None:
             y = y * gate
-        return self.dropout(self.out_proj(y))
+        return self.dropout(of_channels(self.out_proj, y, self.channel_first))
 
     def fold_constants(self, dtype: torch.dtype) -> None:
         """For inference with products in `dtype`: what the scan needs of the parameters, once."""

@@ -20,7 +20,7 @@ from ssm_ops import cross_merge, cross_scan, ssd_chunk_scan
 from .act import get_act
 from .conv2d import Conv2d
 from .forward_type import parse_m0
-from .linear import get_linear
+from .linear import get_linear, of_channels
 from .norm import to_channel_first, to_channel_last
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
 from .ssm_init import reset_projection_, reset_ssd, ssd_parameters, x_proj_parameter
@@ -89,7 +89,8 @@ class SS2DM0(nn.Module):
         else:
             self.conv2d = nn.Identity()
         self.act = get_act(act_layer)
-        self.gate_act = get_act(act_layer) if variant.gate_act else nn.Identity()
+        if variant.gate:
+            self.gate_act = get_act(act_layer) if variant.gate_act else nn.Identity()
         self.out_act = nn.GELU() if variant.out_act else nn.Identity()
         self.out_proj = linear(d_inner, d_model, bias=False, **dd)
         self.dropout = nn.Dropout(dropout)
@@ -103,7 +104,7 @@ class SS2DM0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""
-        x = self.in_proj(x)
+        x = of_channels(self.in_proj, x, self.channel_first)
         gate = None
         if self.gated:
             x, gate = x.chunk(2, dim=1 if self.channel_first else -1)
@@ -112,7 +113,7 @@ class SS2DM0(nn.Module):
         y = self.out_act(self.out_norm(self._scan_map(x)).to(x.dtype))
         if gate is not None:
             y = y * gate
-        return self.dropout(self.out_proj(y))
+        return self.dropout(of_channels(self.out_proj, y, self.channel_first))
 
     def _scan_map(self, x: Tensor) -> Tensor:
         """A map of D channels -> the sum over the routes, both in the layout of the block."""

@@ -19,7 +19,7 @@ from ssm_ops import cross_merge, cross_scan, selective_scan, ss2d_scan
 from .act import get_act
 from .conv2d import Conv2d
 from .forward_type import parse_xv
-from .linear import get_linear
+from .linear import get_linear, of_channels
 from .ss2d import K, at_least_float32, check_conv, get_dt_rank, make_out_norm
 from .ssm_init import reset_ssm, ssm_parameters
 
@@ -92,7 +92,8 @@ class SS2DXv(nn.Module):
             self.conv2d = conv(sum(self.splits))
         if self.out_conv:
             self.oconv2d = conv(d_inner)
-        self.conv_act = get_act(variant.conv_act) if variant.conv_act else nn.Identity()
+        if self.in_conv or self.out_conv:
+            self.conv_act = get_act(variant.conv_act) if variant.conv_act else nn.Identity()
         self.out_act = nn.GELU() if variant.out_act else nn.Identity()
         self.out_proj = linear(d_inner, d_model, bias=False, **dd)
         self.dropout = nn.Dropout(dropout)
@@ -106,7 +107,7 @@ class SS2DXv(nn.Module):
         """(B, H, W, C) -> the same; (B, C, H, W) with `channel_first`."""
         if self.in_conv:
             x = self.conv_act(self.conv2d(x))
-        x = self.in_proj(x)
+        x = of_channels(self.in_proj, x, self.channel_first)
         if self.proj_conv:
             x = self.conv2d(x)
         u, dt, B, C = x.split(self.splits, dim=1 if self.channel_first else 3)
@@ -116,7 +117,7 @@ class SS2DXv(nn.Module):
             y = y * u
         if self.out_conv:
             y = y + self.conv_act(self.oconv2d(u))
-        return self.dropout(self.out_proj(y))
+        return self.dropout(of_channels(self.out_proj, y, self.channel_first))
 
     def _scan(self, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """Step sizes of rank R: the scan of SS2D, with other projections per pixel. Maps in the layout of the block."""

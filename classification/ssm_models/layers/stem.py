@@ -7,10 +7,11 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor
 
 from .conv2d import Conv2d
-from .linear import get_linear
+from .linear import get_linear, of_channels
 from .norm import get_norm, is_channel_first, to_channel_first, to_channel_last
 
 STEMS = ("v1", "v2")
@@ -101,6 +102,7 @@ def make_downsample(
     raise ValueError(f"downsample_version={version!r} is not one of {', '.join(DOWNSAMPLES)}")
 
 
+@register_notrace_module
 class PatchMerging(nn.Module):
     """Concatenate each 2x2 neighbourhood along the channels, norm, linear (Swin; "v1" here).
 
@@ -129,4 +131,5 @@ class PatchMerging(nn.Module):
             corners = [x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)]
         else:
             corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
-        return self.reduction(self.norm(torch.cat(corners, dim=1 if self.channel_first else -1)))
+        x = self.norm(torch.cat(corners, dim=1 if self.channel_first else -1))
+        return of_channels(self.reduction, x, self.channel_first)

@@ -12,6 +12,9 @@ import torch.nn as nn
 from timm.layers import create_classifier, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor
+from torch.fx.proxy import TraceError
+
+from .linear import of_channels
 
 POOLS = ("avg", "max", "avgmax", "catavgmax")
 """timm's names of poolings; "" is none."""
@@ -31,11 +34,9 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def classify(head: nn.Module, x: Tensor, output_fmt: str) -> Tensor:
+def classify(head: nn.Module, x: Tensor, is_map: bool, output_fmt: str) -> Tensor:
     """Pooled features (B, C) -> logits (B, classes); without pooling those of every pixel of a map, in its layout."""
-    if x.dim() == 4 and output_fmt == "NCHW":
-        return head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return head(x)
+    return of_channels(head, x, channel_first=is_map and output_fmt == "NCHW")
 
 
 def convert_incoming(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -45,7 +46,8 @@ def convert_incoming(model: nn.Module, state_dict: dict, prefix: str, *_) -> Non
 
 
 class TimmModel(nn.Module):
-    """Base of all families, which are not traced by torch.fx and not scripted: `torch.compile` and `torch.export` are.
+    """Base of all families, which are not scripted, nor traced by torch.fx but for what is around the blocks of some:
+    `torch.compile` and `torch.export` are.
 
     Attributes:
         in_chans, num_classes: channels of the images, and classes.
@@ -80,10 +82,16 @@ class TimmModel(nn.Module):
         self.apply(init_linear)
 
     def check_images(self, x: Tensor) -> None:
-        """Raises ValueError for anything but (B, in_chans, H, W)."""
+        """Raises ValueError for anything but (B, in_chans, H, W), and TraceError for what `torch.fx` cannot trace."""
+        if isinstance(x, torch.fx.Proxy):
+            self._check_tracer(x.tracer)
+            return
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             hint = "; x[None] makes a batch of one image" if x.dim() == 3 else ""
             raise ValueError(f"images must be (B, {self.in_chans}, H, W), not {tuple(x.shape)}{hint}")
+
+    def _check_tracer(self, tracer: torch.fx.Tracer) -> None:
+        raise TraceError(f"torch.fx cannot trace {type(self).__name__}, whose steps depend on sizes; torch.export can")
 
     def _device_and_dtype(self) -> dict[str, torch.device | torch.dtype]:
         """Of the model's weights, for layers that join later."""
@@ -122,6 +130,13 @@ class PyramidModel(TimmModel):
     def _top(self) -> nn.Module:
         """The module whose `norm`, `pool` and `head` they are."""
         return self
+
+    def _check_tracer(self, tracer: torch.fx.Tracer) -> None:
+        if not tracer.is_leaf_module(self.layers[0].blocks[0], "layers.0.blocks.0"):
+            raise TraceError(
+                "torch.fx cannot look into the blocks: take timm.layers.create_feature_extractor, torchvision's with "
+                "tracer_kwargs={'leaf_modules': timm.layers.get_notrace_modules()}, or torch.export"
+            )
 
     def forward_stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> first tokens, in the layout of the model."""

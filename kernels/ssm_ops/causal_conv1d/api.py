@@ -49,8 +49,8 @@ def causal_conv1d(
     Sums and the activation are formed in float32 (float64 for float64 inputs), whatever autocast says. Gradients come
     in the dtype of their input. The same call gives the same bits.
 
-    Differentiable any number of times, under `torch.func` and in forward mode, too; what goes beyond the first gradient
-    is the reference's work, see `_autograd.py`.
+    Can be differentiated any number of times, also by `torch.func` and in forward mode. The first gradient is computed
+    by the chosen implementation, all others by the reference (see `_autograd.py`).
 
     Raises:
         ValueError, TypeError: a shape, dtype or activation that does not fit, named.

@@ -52,8 +52,8 @@ def nc_ssd(
             multiplied is rounded to bfloat16, w x and the state too, and so is, once, what comes out; the sums of a
             product are float32. No effect on other dtypes, nor on the CPU library, whose products are float32.
         out_dtype: of the result; None is that of x.
-        impl: "auto", "cpu" (not in float64) or "reference", which is plain PyTorch without a custom operator, also under
-            ``torch.export``.
+        impl: "auto", "cpu" (not in float64) or "reference", which is plain PyTorch without a custom operator, also
+            under ``torch.export``.
 
     Returns:
         (B, L, H, P), contiguous.
@@ -62,8 +62,8 @@ def nc_ssd(
     It and all sums are kept in float32 (float64 for float64 inputs), whatever autocast says; but see
     `bfloat16_products`. Gradients come in the dtype of their input. The same call gives the same bits.
 
-    Can be differentiated any number of times, also by `torch.func` and in forward mode. The first gradient is computed by
-    the chosen implementation, all others by the reference (see `_autograd.py`).
+    Can be differentiated any number of times, also by `torch.func` and in forward mode. The first gradient is computed
+    by the chosen implementation, all others by the reference (see `_autograd.py`).
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit, named.
