@@ -1,9 +1,12 @@
 """Files of the repository beside docs/ as parts of the site, so that the same links hold on a code host and here.
 
 What a page links to outside of docs/ is added as repository/PATH: Markdown as pages, everything else as files; links
-are turned to there. Links to folders become plain text. MkDocs calls the functions by their names.
+are turned to there. Links to folders become plain text. A notebook NAME.ipynb is shown as NAME.md. MkDocs calls the
+functions by their names.
 """
 
+import base64
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -31,6 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, f"{PREFIX}/{path}", abs_src_path=str(ROOT / path)))
         if path.endswith(".md"):
             waiting += [found for found in map(_target, _links(path)) if found is not None]
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        for part in _notebook(file, config):
+            files.append(part)
     return files
 
 
@@ -46,9 +52,30 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if (ROOT / there).is_dir():
             return text
         uri = there.removeprefix("docs/") if there.startswith("docs/") else f"{PREFIX}/{there}"
+        shown = re.sub(r"\.ipynb$", ".md", uri)
+        uri = uri if shown == page.file.src_uri else shown  # a notebook's own page links to the notebook
         return link[0].replace(f"({address}", f"({posixpath.relpath(uri, posixpath.dirname(page.file.src_uri))}")
 
     return _LINK.sub(turned, markdown)
+
+
+def _notebook(file: File, config: MkDocsConfig) -> list[File]:
+    """A page of a notebook's text, its code, and what that printed and drew; and the pictures."""
+    name = file.src_uri.removesuffix(".ipynb")
+    first, *cells = json.loads(Path(file.abs_src_path).read_text())["cells"]
+    parts, pictures = ["".join(first["source"]), f"[The notebook]({posixpath.basename(file.src_uri)}) as it ran:"], []
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "stream":
+                parts.append(f"```text\n{''.join(output['text'])}```")
+                continue
+            uri = f"{name}_{number}.jpg"
+            data = base64.b64decode(output["data"]["image/jpeg"])
+            pictures.append(File.generated(config, uri, content=data))
+            parts.append(f"![what the code above drew]({posixpath.basename(uri)})")
+    return [File.generated(config, f"{name}.md", content="\n\n".join(parts) + "\n"), *pictures]
 
 
 def _path_of(uri: str) -> str:
