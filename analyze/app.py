@@ -1,8 +1,9 @@
 """A page to try models on: what they say of a picture, where they look, and how fast they are. One or two side by side.
 
 Drop or choose an image; click a pixel to see what the mixer's output there is made of: along VMamba's four routes, in
-Vim's two directions, over VSSD's tokens at once. Beside it the most probable classes, Grad-CAM, the effective receptive
-field and the throughput on this machine, the figure as PNG, SVG and PDF, and the commands that make the same.
+Vim's two directions, over VSSD's tokens at once. The page also shows the most probable classes, Grad-CAM, the effective
+receptive field and the throughput on this machine. The figure can be downloaded as PNG, SVG and PDF, with the command
+that makes the same.
 
 examples:
   python analyze/app.py

@@ -1,10 +1,10 @@
 """Where a token looks: the weights of VMamba's, Vim's or VSSD's mixer for one query, as maps over the image.
 
 modes:
-  CB       C of the query times B of a token, as Q K in attention
-  CBdt     the same times dt, a token's step size: how much of it is read in
-  CwBw     CB times w, the memory left of a token at the query
-  CwBdtw   all of it: the derivative of the mixer's sum by a token
+  CB       C of the query times B of a token: how alike they are, as Q K in attention
+  CBdt     the same times dt, the token's step size: how strongly the token enters the state
+  CwBw     CB times w: w is the share of the token that the state still holds when the query reads it
+  CwBdtw   CB times dt times w: all that the token contributes, the derivative of the mixer's sum by the token
   ww       w alone
   softmax  the one mode of blocks of softmax attention: its probabilities
 

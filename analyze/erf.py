@@ -1,17 +1,18 @@
 """Effective receptive fields: which pixels of an image the last feature map's middle responds to, models side by side.
 
-As in RepLKNet and VMamba: images are resized to size x size, the features of the middle token, before the final norm,
-are rectified and summed over channels, and the gradient of that sum by the image is rectified, summed over colours, and
-averaged over images.
+As in RepLKNet and VMamba: images are resized to size x size. The features of the middle token, before the final norm,
+are rectified and summed over channels. The gradient of that sum with respect to the image is rectified, summed over
+colours, and averaged over images.
 
-Models come with random weights (above) and with those of their checkpoints, or timm's with --pretrained (below). Any
-model of timm that gives feature maps will do. Random weights are neutral: norms and layer scales that timm starts at
-(nearly) zero, so that a block does nothing before it is trained, start at one here. Else a new ResNet or ConvNeXt sees
-no further than its stem and its downsampling.
+The upper row has models with random weights, the lower one the same models with the weights of their checkpoints, or
+timm's with --pretrained. Any model of timm that gives feature maps will do. Random weights are neutral: every block
+takes part. timm starts some norms and layer scales at (nearly) zero, so that a block does nothing before it is trained;
+here they start at one. Else the field of a new ResNet or ConvNeXt would show its stem and its downsampling alone.
 
-Vim's random field has one side: as published, the way back starts with step sizes of softplus(0) = 0.69, with which it
-forgets a token after one or two steps, the way there with 0.001 to 0.1, with which it remembers whole rows. What the
-middle knows of is above and left of it, which a short training widens and leaves one-sided.
+The field of Vim with random weights lies on one side. As published, the scan backwards starts with step sizes of
+softplus(0) = 0.69, with which it forgets a token after one or two steps; the scan forwards starts with 0.001 to 0.1,
+with which it remembers whole rows. So the middle sees what is above it and to its left. A short training widens the
+field, and leaves it on that side.
 
 examples:
   python analyze/erf.py

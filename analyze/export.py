@@ -2,7 +2,7 @@
 
   python analyze/export.py --checkpoint runs/quickstart --out runs/quickstart/model.onnx
   python analyze/export.py --model vmamba_tiny_s1l8 --scan custom --out model.onnx
-  python analyze/export.py --checkpoint runs/quickstart --int8 DIGITS/train --out model.int8.onnx
+  python analyze/export.py --checkpoint runs/quickstart --int8 DIGITS/train --data-path DIGITS --out model.int8.onnx
 
 The graph of an ONNX file takes any batch, height and width. Its scans are standard operators ("portable", for every
 runtime), or nodes for the library of ssm_ops.onnxruntime ("custom", fast). A .pt2 file is of PyTorch's own operators
@@ -35,6 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         help="as which the weights are stored; ONNX files compute in float32 all the same (%(default)s)",
     )
     add("--int8", type=Path, metavar="FOLDER", help="quantise all but the scans; images to find the ranges from")
+    add(
+        "--data-path",
+        type=Path,
+        metavar="FOLDER",
+        help="prints the accuracy on its val/<class>/*, of the file and others",
+    )
     add("--tolerance", type=float, help="largest difference of a logit (1e-4; 0.01, 0.1 and 1 for 16 bits and int8)")
     cli.add_range_argument(parser)
     return cli.start("export", parser.parse_args(argv))

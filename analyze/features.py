@@ -1,4 +1,4 @@
-"""Features of a data set's images: what a model's classifier would see, in files that a killed run continues.
+"""Features of a data set's images: what enters a model's classifier. A killed run goes on where it stopped.
 
 Writes OUT/SPLIT-00003-of-00012.safetensors with `features` (n, C) fp32, `targets` (n,) and `indices` (n,) int64, places
 in the list of the split's images, and OUT/features.json, which says what they are of. Files appear when they are

@@ -2,7 +2,7 @@
 
 Models are counted without memory or computation, by PyTorch's FlopCounterMode; --counter fvcore runs them and asks
 fvcore, the counter of the papers, with the handles of `ssm_models.fvcore_handles` for our operators.
-With --tree, the same numbers of every module down to DEPTH that costs anything; "(itself)" is what a module does
+--tree DEPTH adds a line for every module down to that depth that costs anything; "(itself)" is what a module computes
 outside of its parts, such as the scan of a mixer.
 
 examples:

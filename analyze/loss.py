@@ -1,7 +1,7 @@
 """Curves of training runs: ours, or of Swin, VMamba, VSSD, DeiT, ConvNeXt, Vim, OpenMMLab, timm and others.
 
-A panel each for what at least one of them has: loss, accuracy, AP, mIoU, learning rate, gradient norm, throughput and
-waiting for data. Forms of logs are in analyze/logs.
+There is a panel for everything that at least one log has: loss, accuracy, AP, mIoU, learning rate, gradient norm,
+throughput and waiting for data. Which forms of logs are read is in analyze/logs.
 
 examples:
   python analyze/loss.py

@@ -1,11 +1,12 @@
 """Accuracy, throughput and memory of trained models against the resolution of the images.
 
-Every checkpoint (of a training here, or a file and its name in --model) is validated on DATA/val at every size, with
-the transforms of its own training or of its authors: where these took whole images (size up to 32, or CROP_RATIO 1),
-images are resized as a whole, elsewhere their centre is cropped. Throughput (inference) and peak memory are measured as
-by tp.py, all models and sizes in turns. --logs reads accuracies from the metrics.json that
-`classification/main.py --eval` wrote at the given sizes, from the text of such evaluations by Swin's and VMamba's
-trainers, and, without a size, from what VMamba's own analyze/scaleup.py printed.
+Every checkpoint is validated on DATA/val at every size. It is a run of this repository, or a file with the name of its
+model in --model. Images are prepared as in the evaluation of its training, or as by its authors: resized as a whole
+where that took whole images (size up to 32, or CROP_RATIO 1), else cropped to their centre. Throughput (inference) and
+peak memory are measured as by tp.py, all models and sizes in turns.
+
+--logs takes accuracies of former evaluations instead: SIZE=FOLDER with the metrics.json of `classification/main.py
+--eval`, SIZE=FILE with the text of Swin's or VMamba's trainer, or FILE with what VMamba's analyze/scaleup.py printed.
 
 examples:
   python analyze/scaleup.py

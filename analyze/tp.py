@@ -4,9 +4,9 @@
 ConvNeXt and DeiT of that size). Models have no stochastic depth and random weights, images are synthetic; all variants
 take turns, and images/s is the median over the rounds: analyze/throughput.py tells how they are measured.
 
-A variant that runs out of memory or fails has that as its status in the csv and a cross in the picture. (The weights of
-all models stay on the device, and take their part of it.) The csv is written anew at every step: where the system kills
-the process, the variant that is "running" without a peak memory was at fault.
+A variant that runs out of memory, or fails, gets a cross in the picture, and the csv says why. The weights of all
+models stay on the device and take up a part of its memory. The csv is written again at every step: if the system kills
+the process, the variant in it that is "running" and has no peak memory was the one at work.
 
 examples:
   python analyze/tp.py

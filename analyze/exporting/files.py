@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -55,6 +56,13 @@ def load_pt2(path: Path) -> Runner:
         return torch.export.load(path).module()
 
 
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a file of torch.export; by Python, whose errors say why a file cannot be written."""
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
+
+
 def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a package of AOTInductor. It is machine code, for processors like this one."""
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
@@ -90,11 +98,15 @@ def write_checked(
     """Write a file to `path`, if it, loaded again, gives the logits of `eager` within `tolerance` on all `batches`;
     returns it as loaded, and how far they are apart. Until then the file has another name.
 
-    Raises UserError where they differ; nothing is left then, and what had the name before stays.
+    Raises UserError where they differ, or there is no room; nothing is left then, and what had the name before stays.
     """
     aside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        write(aside)
+        try:
+            write(aside)
+        except OSError as error:
+            reason = f"{error.strerror}: free some space, or choose another path"
+            raise UserError(f"--out {path} cannot be written: {reason}") from error
         runner = load(aside)
         found = compare(runner, eager, batches)
         worst = max(found, key=lambda difference: np.nan_to_num(difference.largest, nan=np.inf))

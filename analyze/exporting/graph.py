@@ -37,8 +37,10 @@ def with_operators(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, NCSSD) and not module.causal:
             module.impl = "auto"
-        elif isinstance(module, (SS2D, BiMamba)):
+        elif isinstance(module, SS2D):
             module.impl = "cpu"
+        elif isinstance(module, BiMamba):
+            module.impl = module.side_impl = "cpu"
         elif isinstance(module, PatchMerging):
             module.__class__ = _AnySizeMerging
     return model
@@ -63,19 +65,33 @@ def fits_any_size(model: nn.Module) -> bool:
     return all(getattr(module, "impl", None) != "reference" for module in model.modules())
 
 
+def example(size: tuple[int, int], channels: int = 3, any_size: bool = False) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Images (2, channels, H, W) to trace on, and which of their dimensions are free."""
+    if not any_size:
+        return torch.zeros(2, channels, *size), (0,)
+    # A size that no position embedding was learned for, so that the graph resizes it, and large enough for the last map
+    # of a model to have several rows and columns: what is 1 in a trace stays 1.
+    height, width = max(size[0] + 32, 96), max(size[1] + 64, 160)
+    return torch.zeros(2, channels, height, width), (0, 2, 3)
+
+
 def trace(model: nn.Module, size: tuple[int, int], channels: int = 3, any_size: bool = False) -> ExportedProgram:
     """The graph of `model`, in evaluation mode, for images (B, channels, *size) with any B; with `any_size` for any
     H and W, too."""
-    if any_size:  # on a size that no position embedding was learned for, so that the graph resizes it
-        size = size[0] + 32, size[1] + 64
-    free = (0, 2, 3) if any_size else (0,)
-    # Dim.DYNAMIC, unlike a named one, need not prove that shapes fit for every size: we try some
-    shapes = (dict.fromkeys(free, Dim.DYNAMIC),)
+    images, free = example(size, channels, any_size)
+    return export(model, (images,), (dict.fromkeys(free, Dim.DYNAMIC),), any_size)
+
+
+def export(model: nn.Module, given: tuple, free: tuple, any_size: bool) -> ExportedProgram:
+    """`model` as it computes on the tensors `given`, whose sizes marked in `free` may be others.
+
+    They are marked by Dim.DYNAMIC, which need not prove that shapes fit for every size as a named one: we try some.
+    """
     with torch.no_grad():
         program = torch.export.export(
             model,
-            (torch.zeros(2, channels, *size),),
-            dynamic_shapes=shapes,
+            given,
+            dynamic_shapes=free,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=any_size,
         )

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from onnxscript import optimizer
-from torch.export import ExportedProgram
+from onnxscript import ir, optimizer
 
 import ssm_ops
 import ssm_ops.onnxruntime
 from ssm_train.common.errors import UserError
 
+from .blocks import Outline, put_together
 from .onnx_operators import translations
 from .portable import as_functions, as_nodes, inline
 
@@ -32,35 +32,43 @@ def check_opset(opset: int | None) -> None:
         raise UserError(f"--opset {opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
 
 
-def convert(program: ExportedProgram, opset: int | None = None, any_size: bool = True) -> ModelProto:
+def convert(outline: Outline, opset: int | None = None, any_size: bool = True) -> ModelProto:
     """Images (batch, C, H, W) -> logits (batch, classes), with the weights in it, and scans as nodes of our own.
 
     Args:
-        program: of `graph.trace`.
+        outline: of `blocks.trace`.
         opset: version of the standard operators, of `OPSETS`; None is the last one.
-        any_size: was `program` traced for any height and width?
+        any_size: was it traced for any height and width?
 
     Raises:
         UserError: an `opset` of another time.
     """
     check_opset(opset)
-    shapes = {0: "batch"} | ({2: "height", 3: "width"} if any_size else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, of its own parts
         made = torch.onnx.export(
-            program,
+            outline.program,
+            custom_translation_table=translations(),
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=(shapes,),
-            custom_translation_table=translations(),
             opset_version=opset or OPSETS[-1],
             dynamo=True,
             verbose=False,
         )
+    model = put_together(made.model_proto, outline)
     # what is made of weights alone becomes a weight: other tools look for these, as that for int8 does
-    optimizer.fold_constants(made.model, input_size_limit=_LARGE, output_size_limit=_LARGE)
-    optimizer.remove_unused_nodes(made.model)
-    model = made.model_proto
+    graph = ir.from_proto(model)
+    optimizer.fold_constants(graph, input_size_limit=_LARGE, output_size_limit=_LARGE)
+    optimizer.remove_unused_nodes(graph)
+    model = ir.to_proto(graph)
+    for number, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{number}"
+        del node.metadata_props[:]  # PyTorch's notes on where in the source a node comes from
+    del model.graph.metadata_props[:], model.graph.value_info[:]
+    free = {0: "batch"} | ({2: "height", 3: "width"} if any_size else {})
+    for value, names in ((model.graph.input[0], free), (model.graph.output[0], {0: "batch"})):
+        for d, name in names.items():
+            value.type.tensor_type.shape.dim[d].dim_param = name
     model.producer_name, model.producer_version = "vision-ssm", ssm_ops.__version__
     return model
 

@@ -20,6 +20,7 @@ import ssm_ops.onnxruntime
 from ssm_ops._common import route_bits
 
 DOMAIN = ssm_ops.onnxruntime.DOMAIN
+BLOCK = "Block"
 
 # inputs and integer attributes of the nodes; all have one more, the version
 NODES = {
@@ -93,6 +94,26 @@ def _causal_conv1d(x, weight, bias, silu, reverse, **_flags):
     return op.Transpose(y, perm=[0, 2, 1])
 
 
+def _silu_gate(y, z, scale, **_flags):
+    gated = op.Mul(y, op.Mul(z, op.Sigmoid(z)))
+    return gated if scale == 1 else op.Mul(gated, op.Constant(value_float=scale))
+
+
+def _block(tensors, path, results):
+    """A block of `blocks.py`, which onnx_file.py replaces by what it computes."""
+    number = "tensor(float)"
+    schema = OpSchema(
+        BLOCK,
+        DOMAIN,
+        1,
+        inputs=[OpSchema.FormalParameter(f"x{i}", number) for i in range(len(tensors))],
+        outputs=[OpSchema.FormalParameter(f"y{i}", number) for i in range(results)],
+        attributes=[OpSchema.Attribute("path", OpSchema.AttrType.STRING, "")],
+    )
+    made = values.Op(values.Opset(DOMAIN, 1), BLOCK, schema)(*tensors, path=path)
+    return [made] if results == 1 else list(made)
+
+
 def _nc_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, **_flags):
     """Heads in groups: (B, L, H, P) -> (B, G, L, E * P), head e * G + g in group g; with one group nothing moves."""
     (heads, width), groups = x.shape[2:], B.shape[2]
@@ -129,6 +150,7 @@ _TRANSLATIONS = {
     "selective_scan_fwd": _selective_scan,
     "causal_conv1d_fwd": _causal_conv1d,
     "nc_ssd_fwd": _nc_ssd,
+    "silu_gate_fwd": _silu_gate,
 }
 
 
@@ -139,5 +161,6 @@ def translations() -> dict[Callable, Callable]:
         names = [argument.name for argument in overload._schema.arguments]
         return lambda *args: translation(**dict(zip(names, args, strict=True)))
 
-    overloads = {name: getattr(torch.ops.ssm_ops, name).default for name in _TRANSLATIONS}
-    return {overloads[name]: by_name(overloads[name], made) for name, made in _TRANSLATIONS.items()}
+    overloads = {getattr(torch.ops.ssm_ops, name).default: made for name, made in _TRANSLATIONS.items()}
+    overloads[torch.ops.analyze.block.default] = _block
+    return {overload: by_name(overload, made) for overload, made in overloads.items()}

@@ -125,31 +125,44 @@ def _routes(maps: list[str], columns: list[bool], backwards: list[bool]) -> tupl
     before = [
         "rank = Shape<start = 2>(dt_weight) state = Shape<start = 1>(A_rows)",
         "fields = Concat<axis = 0>(rank, state, state)",
-        f"{', '.join(f'proj_{k}' for k in routes)} = Split<axis = 3, num_outputs = {count}>(proj)",
         "weights = Transpose<perm = [0, 2, 1]>(dt_weight)",
         f"{', '.join(f'weight_{k}' for k in routes)} = Split<axis = 0, num_outputs = {count}>(weights)",
     ]
+    walks: dict[str, list[str]] = {}  # what brings a tensor to a sequence, by the name of that; routes share them
+
+    def walk(source: str, k: int) -> str:
+        """(B, H, W, *) -> (L, B, *), in the order of the route or against it."""
+        way, order = ("columns", [2, 1, 0, 3]) if columns[k] else ("rows", [1, 2, 0, 3])
+        name = f"{source}_{way}"
+        walks[name] = [
+            f"{name}_map = Transpose<perm = {order}>({source})",
+            f"{name}_map_shape = Shape({name}_map) {name}_sizes = Shape<start = 2>({name}_map)",
+            f"{name}_shape = Concat<axis = 0>(minus_one, {name}_sizes)",
+            f"{name} = Reshape({name}_map, {name}_shape)",
+        ]
+        return name
+
+    u, each = {}, {}
     for k in routes:
-        order = [2, 1, 0, 3] if columns[k] else [1, 2, 0, 3]
-        for name, source in (("u", maps[k]), ("f", f"proj_{k}")):
-            walked = f"{name}_{k}" if not backwards[k] else f"{name}_{k}_walked"
-            before += [
-                f"{name}_{k}_map = Transpose<perm = {order}>({source})",
-                f"{name}_{k}_sizes = Shape<start = 2>({name}_{k}_map)",
-                f"{name}_{k}_shape = Concat<axis = 0>(minus_one, {name}_{k}_sizes)",
-                f"{walked} = Reshape({name}_{k}_map, {name}_{k}_shape)",  # (L, B, .)
-            ]
+        u[k], fields = walk(maps[k], k), walk("proj", k)
+        parts = ", ".join(f"{fields}_{j}" for j in routes)
+        walks[fields].append(f"{parts} = Split<axis = 2, num_outputs = {count}>({fields})")
+        each |= {f"u_{k}": u[k], f"f_{k}": f"{fields}_{k}"}
+    before += [line for lines in walks.values() for line in lines]
+    for k in routes:
+        for name in (f"u_{k}", f"f_{k}"):
             if backwards[k]:
-                before.append(f"{name}_{k} = Slice({walked}, minus_one, beginning, none, minus_one)")
+                before.append(f"{name} = Slice({each[name]}, minus_one, beginning, none, minus_one)")
+                each[name] = name
         before += [
-            f"r_{k}, B_{k}, C_{k} = Split<axis = 2>(f_{k}, fields)",
+            f"r_{k}, B_{k}, C_{k} = Split<axis = 2>({each[f'f_{k}']}, fields)",
             f"w_{k} = Squeeze(weight_{k}, none)",
             f"dt_{k} = MatMul(r_{k}, w_{k})",
         ]
+        each |= {name: name for name in (f"dt_{k}", f"B_{k}", f"C_{k}")}
     for name, joined, axes in (("u", "u", "at"), ("dt", "raw", "at"), ("B", "B", "at_B"), ("C", "C", "at")):
-        each = [f"{name}_{k}_e" for k in routes]
-        before += [f"{one} = Unsqueeze({name}_{k}, {axes})" for k, one in zip(routes, each, strict=True)]
-        before.append(f"{joined} = Concat<axis = 2>({', '.join(each)})")
+        before += [f"{name}_{k}_e = Unsqueeze({each[f'{name}_{k}']}, {axes})" for k in routes]
+        before.append(f"{joined} = Concat<axis = 2>({', '.join(f'{name}_{k}_e' for k in routes)})")
     axes = "at = Constant<value_ints = [2, 3]>() at_B = Constant<value_ints = [2, 4]>()"
     after = [f"{', '.join(f'y_{k}' for k in routes)} = Split<axis = 2, num_outputs = {count}>(y)"]
     for k in routes:
@@ -158,10 +171,9 @@ def _routes(maps: list[str], columns: list[bool], backwards: list[bool]) -> tupl
             after.append(f"{kept} = Slice(y_{k}, minus_one, beginning, none, minus_one)")
         order = [2, 1, 0, 3] if columns[k] else [2, 0, 1, 3]
         after += [
-            f"y_{k}_map = Reshape({kept}, u_{k}_map_shape)",
+            f"y_{k}_map = Reshape({kept}, {u[k]}_map_shape)",
             f"out_{k} = Transpose<perm = {order}>(y_{k}_map)",
         ]
-    before += [f"u_{k}_map_shape = Shape(u_{k}_map)" for k in routes]
     after.append(f"out = Sum({', '.join(f'out_{k}' for k in routes)})")
     return "\n    ".join([axes, *before]), "\n    ".join(after)
 

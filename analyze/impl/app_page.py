@@ -1,5 +1,6 @@
 """The page of analyze/app.py, in Gradio. What it shows is computed in app_views.py."""
 
+import shlex
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,7 +15,6 @@ from ssm_train.common.errors import UserError
 
 MOST_BYTES = 20 * 2**20  # of an upload
 _NONE = "none"
-_DEPTHS = ("stage", "block")
 HEADS = ["route", "smallest", "largest", "at the query"]
 _MODELS = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress": "minimal"}  # of all that computes
 
@@ -41,6 +41,18 @@ def in_page(work: Callable) -> Callable:
     return told
 
 
+def _settings(update: dict[str, Any]) -> dict[str, Any]:
+    """An update of a component as arguments of its constructor."""
+    return {name: value for name, value in update.items() if name != "__type__"}
+
+
+def as_given(command: str, path: str, samples: dict[str, Path]) -> str:
+    """A command in which an upload, which lies where nobody put it, has its name alone."""
+    if Path(path) in samples.values():
+        return command
+    return command.replace(shlex.quote(path), shlex.quote(Path(path).name))
+
+
 def build(choices: dict[str, views.Shown], samples: dict[str, Path], folder: Path) -> gr.Blocks:
     """The page for models and images by their labels; the figures that it makes go to `folder`."""
 
@@ -55,9 +67,10 @@ def build(choices: dict[str, views.Shown], samples: dict[str, Path], folder: Pat
         return views.pixel_of(Path(path), event.index)
 
     labels = list(choices)
+    opening = take(str(next(iter(samples.values()))))  # what the page shows at once: nobody waits for it
     with gr.Blocks(title="Vision state-space models", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown("# What does it see?\nChoose an image, then click a pixel: what is the output there made of?")
-        path = gr.State()
+        path = gr.State(opening[0])
         with gr.Row():
             with gr.Column():
                 label = f"An image, up to {MOST_BYTES >> 20} MB"
@@ -68,20 +81,24 @@ def build(choices: dict[str, views.Shown], samples: dict[str, Path], folder: Pat
                     second = gr.Dropdown([_NONE, *labels], value=_NONE, label="beside it", elem_id="model1")
             with gr.Column():
                 shown = {"interactive": False, "format": "png", "buttons": []}
-                picture = gr.Image(label="Click a pixel", height=360, elem_id="picture", **shown)
+                picture = gr.Image(opening[1], label="Click a pixel", height=360, elem_id="picture", **shown)
                 with gr.Row():
-                    x, y = (gr.Number(label=name, precision=0, minimum=0, min_width=80, elem_id=name) for name in "xy")
+                    number = {"precision": 0, "minimum": 0, "min_width": 80}
+                    x, y = (
+                        gr.Number(at, label=n, elem_id=n, **number) for n, at in zip("xy", opening[2:], strict=True)
+                    )
         taken = [path, picture, x, y]
         taking = in_page(lambda name: take(str(samples[name])))
         new_image = [
-            page.load(taking, example, taken, **_MODELS),
             example.input(taking, example, taken, **_MODELS),
             upload.upload(in_page(take), upload, taken, **_MODELS),
         ]
         new_query = [picture.select(in_page(clicked), path, [x, y]), x.submit(None), y.submit(None)]
         with gr.Row():
             for number, model in enumerate((first, second)):
-                _column(number, model, choices, (path, x, y), new_image, new_query, folder / f"column{number}")
+                column = folder / f"column{number}"
+                begin = (model.value, opening[0], *opening[2:])
+                _column(number, model, choices, (path, x, y), begin, new_image, new_query, column, samples)
     return page
 
 
@@ -90,12 +107,14 @@ def _column(
     model: gr.Dropdown,
     choices: dict[str, views.Shown],
     place: tuple[gr.State, gr.Number, gr.Number],
+    begin: tuple[str, str, int, int],
     new_image: list,
     new_query: list,
     folder: Path,
+    samples: dict[str, Path],
 ) -> None:
     """What is shown of one model: `place` is the image and the pixel that is asked about, `new_image` and `new_query`
-    the events after which they are others."""
+    the events after which they are others, `begin` the model, image and pixel at first."""
 
     def write(figure: Figure, name: str) -> str:
         """The path of the PNG. Gradio serves a copy of it."""
@@ -103,13 +122,15 @@ def _column(
         save_png(figure, out)
         return str(out)
 
-    def write_all(figure: Figure | None) -> Any:
-        """The paths of PNG, SVG and PDF."""
+    def write_all(figure: Figure | None, command: str) -> Any:
+        """The paths of PNG, SVG and PDF, and of a script that makes them."""
         if figure is None:
             return gr.skip()
         out = folder / "attnmap.png"
-        save_figure(figure, out)
-        return [str(out), *(str(out.with_suffix(suffix)) for suffix in VECTOR)]
+        save_figure(figure, out)  # the PNG again: others may use the page, too
+        script = out.with_suffix(".sh")
+        script.write_text(f"{command}\n")
+        return [str(path) for path in (out, *map(out.with_suffix, VECTOR), script)]
 
     def settle(label: str, stage: int, block: int | None, mode: str | None) -> tuple[views.Shown, int, int, str]:
         """The nearest to a stage, block and mode that the model has; the last block where none is given."""
@@ -139,40 +160,54 @@ def _column(
         shown, stage, block, mode = settle(label, stage, block, mode)
         found = views.attention(shown, Path(path), (int(x), int(y)), stage, block, mode)
         rows = [[route, *(f"{value:.6g}" for value in values)] for route, *values in found.rows]
-        return write(found.figure, "attnmap"), rows, found.command, found.figure
+        return write(found.figure, "attnmap"), rows, as_given(found.command, path, samples), found.figure
 
     def classify(label: str, path: str | None) -> tuple:
         if label == _NONE or path is None:
             return (gr.skip(),) * 3
-        shares = views.classes(choices[label], Path(path))
-        figure, command = views.class_map(choices[label], Path(path))
-        return shares, write(figure, "cam"), command
+        found = views.answer(choices[label], Path(path))
+        return found.shares, write(found.figure, "cam"), as_given(found.command, path, samples)
 
     def see(label: str, path: str | None) -> tuple:
         if path is None:
             raise gr.Error("choose an image first", title="Not possible")
         figure, command = views.field(choices[label], Path(path))
+        command = as_given(command, path, samples)
         return gr.update(value=write(figure, "erf"), visible=True), gr.update(value=command, visible=True)
 
     def named(name: str) -> dict[str, Any]:
         return {"elem_id": f"{name}{number}"}
 
+    label, *asked_first = begin
+    body_set, stage_set, block_set, mode_set = map(_settings, controls(label, 0, None, None))
+    first: dict[str, Any] = {}
+    if label != _NONE:
+        chosen_first = (stage_set["value"], block_set["value"], mode_set["value"])
+        png, rows, line, drawn = look(label, *asked_first, *chosen_first)
+        shares, cam_png, cam_line = classify(label, asked_first[0])
+        first = {"maps": png, "numbers": rows, "command": line, "files": write_all(drawn, line)}
+        first |= {"classes": shares, "cam": cam_png, "cam_command": cam_line}
     shown = {"interactive": False, "format": "png", "buttons": ["fullscreen"], "show_label": False}
     code = {"language": "shell", "interactive": False, "lines": 1, "wrap_lines": True}
-    with gr.Column(visible=number == 0) as body:
-        classes = gr.Label(label="Most probable classes", num_top_classes=5, **named("classes"))
+    with gr.Column(**body_set) as body:
+        classes = gr.Label(first.get("classes"), label="Most probable classes", num_top_classes=5, **named("classes"))
         with gr.Row():
-            stage, block = (gr.Slider(0, 3, 0, step=1, label=what, min_width=120, **named(what)) for what in _DEPTHS)
-            mode = gr.Dropdown([], label="mode", min_width=120, **named("mode"))
+            depth = {"minimum": 0, "step": 1, "min_width": 120}
+            stage = gr.Slider(label="stage", **depth, **stage_set, **named("stage"))
+            block = gr.Slider(label="block", **depth, **block_set, **named("block"))
+            mode = gr.Dropdown(label="mode", min_width=120, **mode_set, **named("mode"))
         gr.Markdown("#### What the output at the pixel is made of")
-        maps = gr.Image(**named("maps"), **shown)
-        numbers = gr.Dataframe(headers=HEADS, interactive=False, label="Weights", **named("numbers"))
-        command = gr.Code(label="The same by command", **named("command"), **code)
+        maps = gr.Image(first.get("maps"), **named("maps"), **shown)
+        numbers = gr.Dataframe(
+            first.get("numbers"), headers=HEADS, interactive=False, label="Weights", **named("numbers")
+        )
+        command = gr.Code(first.get("command"), label="The same by command", **named("command"), **code)
         figure = gr.State()
-        files = gr.File(label="The figure", interactive=False, file_count="multiple", **named("files"))
+        several = {"file_count": "multiple", "interactive": False, "label": "The figure and its command"}
+        files = gr.File(first.get("files"), **several, **named("files"))
         gr.Markdown("#### Where the class is seen (Grad-CAM)")
-        cam = gr.Image(**named("cam"), **shown)
-        cam_command = gr.Code(show_label=False, **code)
+        cam = gr.Image(first.get("cam"), **named("cam"), **shown)
+        cam_command = gr.Code(first.get("cam_command"), show_label=False, **code)
         see_field = gr.Button("Effective receptive field", **named("see_field"))
         field = gr.Image(visible=False, **named("field"), **shown)
         field_command = gr.Code(show_label=False, visible=False, **code)
@@ -184,17 +219,17 @@ def _column(
 
     asked = [model, *place, stage, block, mode]
     answers = [maps, numbers, command, figure]
+    kept = [figure, command]
     seen = [classes, cam, cam_command]
     chosen = [body, stage, block, mode]
-    opened, *others = new_image
-    for event in (opened.then(in_page(fresh), model, chosen), model.input(in_page(fresh), model, chosen), *others):
+    for event in (model.input(in_page(fresh), model, chosen), *new_image):
         looked = event.then(in_page(look), asked, answers, **_MODELS)
-        looked.then(in_page(classify), asked[:2], seen, **_MODELS).then(write_all, figure, files, **_MODELS)
+        looked.then(in_page(classify), asked[:2], seen, **_MODELS).then(write_all, kept, files, **_MODELS)
     for event in new_query:
-        event.then(in_page(look), asked, answers, **_MODELS).then(write_all, figure, files, **_MODELS)
+        event.then(in_page(look), asked, answers, **_MODELS).then(write_all, kept, files, **_MODELS)
     for event in (stage.input, block.input, mode.input):
         settled = event(in_page(controls), [model, stage, block, mode], chosen, trigger_mode="always_last")
         looked = settled.then(in_page(look), asked, answers, **_MODELS)
-        looked.then(write_all, figure, files, **_MODELS)
+        looked.then(write_all, kept, files, **_MODELS)
     see_field.click(in_page(see), asked[:2], [field, field_command], **_MODELS)
     measure.click(in_page(lambda label: views.speed(choices[label])), model, speed, **_MODELS)

@@ -7,20 +7,19 @@ import argparse
 import shlex
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from analyze import image_files, inputs
 from analyze.attention import MODES, Softmax
 from analyze.impl import attnmap, cam, erf
 from analyze.impl.predict import class_names
-from analyze.impl.predictions import denormalise
 from analyze.throughput import Variant, measure
 from ssm_models.layers.attention import Attention
 from ssm_train.common.decode import Decoder
@@ -55,12 +54,8 @@ class Shown(NamedTuple):
     transform: Transform
     decoder: Decoder
     size: int  # pixels of the shorter side of what attention is drawn of
-
-    @property
-    def options(self) -> list[str]:
-        """Of a command line."""
-        known = self.checkpoint is not None and inputs.knows_its_model(self.checkpoint)
-        return [] if known else ["--model", self.name]
+    resized: bool  # `size` is not the model's own
+    weights: tuple[str, ...]  # options of a command line that takes the same ones
 
     @property
     def stages(self) -> list[int]:
@@ -81,34 +76,30 @@ def load(name: str | None, checkpoint: Path | None, device: torch.device, args: 
     name = inputs.model_name(name, checkpoint)
     torch.manual_seed(0)
     model = inputs.load_model(name, checkpoint, args.which, args.allow_nonfinite).to(device)
-    size = args.size or min(inputs.image_size(None, name, checkpoint))
+    own = min(inputs.image_size(None, name, checkpoint))
     return Shown(
-        f"{name}, {'random weights' if checkpoint is None else checkpoint.name}",
+        f"{name}, {inputs.weights_in_words(checkpoint)}",
         name,
         checkpoint,
         model,
         class_names(model.num_classes, checkpoint, None),
         inputs.evaluation_transform(name, checkpoint),
         image_files.image_decoder(checkpoint),
-        size,
+        args.size or own,
+        args.size not in (None, own),
+        weights_options(checkpoint, args),
     )
 
 
-def _batch(shown: Shown, pixels: Tensor) -> Tensor:
-    return pixels.to(next(shown.model.parameters()).device)
-
-
-@one_at_a_time
-@torch.inference_mode()
-def classes(shown: Shown, path: Path, top: int = 5) -> dict[str, float]:
-    """The `top` most probable classes, as predict.py prints them."""
-    pixels = shown.transform(image_files.read_image(path, shown.decoder))
-    shares, places = shown.model(_batch(shown, pixels[None]))[0].float().softmax(-1).topk(min(top, len(shown.classes)))
-    return {shown.classes[i].split(",")[0]: share for i, share in zip(places.tolist(), shares.tolist(), strict=True)}
+def weights_options(checkpoint: Path | None, args: argparse.Namespace) -> tuple[str, ...]:
+    """What names the same weights to another command."""
+    given = () if checkpoint is None else ("--checkpoint", str(checkpoint))
+    given += ("--which", args.which) if args.which != "auto" else ()
+    return given + (("--allow-nonfinite",) if args.allow_nonfinite else ())
 
 
 class Look(NamedTuple):
-    """Attention of one mode: the figure, and per route smallest, largest and the query's own weight."""
+    """Attention of one mode: the figure, per route smallest, largest and the query's own weight, and the command."""
 
     figure: Figure
     rows: list[tuple[str, float, float, float]]
@@ -117,58 +108,67 @@ class Look(NamedTuple):
 
 @one_at_a_time
 def attention(shown: Shown, path: Path, query: tuple[int, int], stage: int, block: int, mode: str) -> Look:
-    """What attnmap.py shows of one mode, at a pixel of the image. Raises UserError."""
+    """What attnmap.py shows of one mode, at a pixel of the image: one pass through the model. Raises UserError."""
     image = image_files.read_image(path, shown.decoder)
-    at = (query[0] + 0.5, query[1] + 0.5)
-    if not (0 <= query[0] < image.width and 0 <= query[1] < image.height):
-        raise UserError(f"{query[0]} {query[1]} is outside of the image, {image.width}x{image.height} pixels")
     size = attnmap.size_for(image, shown.model, shown.name, shown.size)
-    tensor = _batch(shown, image_files.to_tensor(image, shown.name, size))
-    shares = (at[0] / image.width, at[1] / image.height)
-    found = attnmap.attention_maps(shown.model, tensor, shares, stage, block, [mode])
-    h, w = next(iter(found.maps[mode].values())).shape
-    title = f"{shown.label}\n{mode}, stage {stage}, block {block}: {h}x{w} tokens of {size[0]}x{size[1]} pixels"
+    tensor = image_files.to_tensor(image, shown.name, size).to(_device(shown))
+    found, figure = attnmap.show(shown.model, shown.label, image, tensor, query, stage, block, [mode])
     rows = [
         (f"{route}: {found.names[route]}", float(values.min()), float(values.max()), float(values[found.cell]))
         for route, values in found.maps[mode].items()
     ]
     place = ["--query", *query, "--stage", stage, "--block", block, "--mode", mode]
-    place += ["--size", shown.size] if shown.size != min(inputs.image_size(None, shown.name, shown.checkpoint)) else []
-    return Look(attnmap.draw(found, image, at, title), rows, command(shown, "attnmap", path, *place))
+    place += ["--size", shown.size] if shown.resized else []
+    return Look(figure, rows, command(shown, "attnmap", path, *place))
+
+
+class Answer(NamedTuple):
+    """The most probable classes, where the first of them is seen, and the command that draws the same."""
+
+    shares: dict[str, float]
+    figure: Figure
+    command: str
 
 
 @one_at_a_time
-def class_map(shown: Shown, path: Path) -> tuple[Figure, str]:
-    """Grad-CAM of the predicted class, and its command. Raises UserError."""
+def answer(shown: Shown, path: Path, top: int = 5) -> Answer:
+    """What predict.py and cam.py say of an image: one pass through the model for the classes, and one with its
+    gradient. Raises UserError."""
     pixels = shown.transform(image_files.read_image(path, shown.decoder))
-    batch = _batch(shown, pixels[None])
-    with torch.no_grad():
-        share, target = shown.model(batch)[0].softmax(-1).max(-1)
-    layer = cam.find_layer(shown.model, None)
-    found = cam.compute(shown.model, layer, batch, target.item(), "gradcam")
-    picture = denormalise(pixels, *image_files.statistics(shown.name, len(pixels)))
-    caption = f"{shown.classes[target].split(',')[0]}  {share:.0%}"
-    figure = cam.draw([picture], [{"gradcam": found}], [caption], cam.default_layer(shown.model))
-    return figure, command(shown, "cam", path, "--methods", "gradcam")
+    seen = cam.look(shown.model, shown.name, shown.classes, pixels, None, None, ["gradcam"])
+    shares, places = seen.shares.topk(min(top, len(shown.classes)))
+    first = {shown.classes[i].split(",")[0]: share for i, share in zip(places.tolist(), shares.tolist(), strict=True)}
+    figure = cam.sheet([seen], shown.model, shown.name, None)
+    return Answer(first, figure, command(shown, "cam", path, "--methods", "gradcam"))
 
 
 @one_at_a_time
 def field(shown: Shown, path: Path) -> tuple[Figure, str]:
-    """The effective receptive field on this image, and the command of the same. Raises UserError."""
-    size = max(shown.size, _FIELD)
-    image = image_files.to_tensor(image_files.read_image(path, shown.decoder), shown.name, (size, size))
-    values = erf.receptive_field(erf.features_of(shown.model, shown.name, size), [_batch(shown, image)])
-    weights = erf.RANDOM if shown.checkpoint is None else shown.checkpoint.name
-    figure = erf.draw([erf.Field(shown.name, weights, values)], [shown.name], 1)
-    place = ["--checkpoint", shown.checkpoint] if shown.checkpoint is not None else []
-    words = ["python", "analyze/erf.py", "--model", shown.name, *place, "--images", path, "--size", size]
-    return figure, shlex.join(map(str, words))
+    """The effective receptive field on this image, with random weights and with those of the checkpoint, and the
+    command of the same. Raises UserError."""
+    size, device = max(shown.size, _FIELD), _device(shown)
+    jobs = [(erf.Job(shown.name), _with_random_weights(shown.name, device))]
+    if shown.checkpoint is not None:
+        jobs.append((erf.Job(shown.name, shown.checkpoint), shown.model))
+    fields = [erf.field_of(job, model, [path], size) for job, model in jobs]
+    words = ["python", "analyze/erf.py", "--model", shown.name, *shown.weights, "--images", path, "--size", size]
+    return erf.draw(fields, [shown.name], 1), shlex.join(map(str, words))
+
+
+@cache
+def _with_random_weights(name: str, device: torch.device) -> nn.Module:
+    """Built when it is first asked for, and kept."""
+    return erf.build(erf.Job(name)).to(device)
+
+
+def _device(shown: Shown) -> torch.device:
+    return next(shown.model.parameters()).device
 
 
 @one_at_a_time
 def speed(shown: Shown) -> str:
     """Throughput of inference on this machine, in words, as tp.py measures it."""
-    device = next(shown.model.parameters()).device
+    device = _device(shown)
     variant = Variant(shown.name, shown.size, _BATCH)
     [result] = measure([variant], lambda _: shown.model.eval(), device, rounds=_ROUNDS, seconds=_SECONDS)
     if result.images_per_second is None:
@@ -180,8 +180,9 @@ def speed(shown: Shown) -> str:
 
 def command(shown: Shown, script: str, path: Path, *more: Any) -> str:
     """The command line of another command that shows the same."""
-    weights = ["--checkpoint", shown.checkpoint] if shown.checkpoint is not None else []
-    return shlex.join(map(str, ["python", f"analyze/{script}.py", *shown.options, *weights, "--images", path, *more]))
+    known = shown.checkpoint is not None and inputs.knows_its_model(shown.checkpoint)
+    model = [] if known else ["--model", shown.name]
+    return shlex.join(map(str, ["python", f"analyze/{script}.py", *model, *shown.weights, "--images", path, *more]))
 
 
 def picture(path: Path, longest: int = 640) -> tuple[Image.Image, tuple[int, int]]:

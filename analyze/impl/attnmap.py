@@ -226,6 +226,31 @@ def size_for(image: Image.Image, model: nn.Module, name: str, shorter: int) -> t
     return height, width
 
 
+def show(
+    model: nn.Module,
+    title: str,
+    image: Image.Image,
+    tensor: Tensor,
+    query: tuple[int, int],
+    stage: int = 0,
+    block: int | None = None,
+    modes: list[str] | None = None,
+    routes: list[str] | None = None,
+) -> tuple[Maps, Figure]:
+    """The maps for the pixel `query`, (x, y), of `image`, which the model sees as `tensor` (1, C, H, W), and their
+    picture. Raises UserError, also for a pixel outside of the image."""
+    x, y = query
+    if not (0 <= x < image.width and 0 <= y < image.height):
+        raise UserError(f"--query {x} {y} is outside of the image, which has {image.width}x{image.height} pixels")
+    at = (x + 0.5, y + 0.5)  # the middle of the pixel
+    block = find_mixer(model, stage, block)[1]
+    shares = (at[0] / image.width, at[1] / image.height)
+    found = attention_maps(model, tensor, shares, stage, block, modes, routes)
+    h, w = next(iter(next(iter(found.maps.values())).values())).shape
+    where = f"stage {stage}, block {block}: {h}x{w} tokens of {tensor.shape[2]}x{tensor.shape[3]} pixels"
+    return found, draw(found, image, at, f"{title}\n{where}")
+
+
 def command(args: argparse.Namespace) -> None:
     """The command. Raises UserError."""
     check_png(args.out)
@@ -237,23 +262,16 @@ def command(args: argparse.Namespace) -> None:
         if args.images is None
         else image_files.read_image(*args.images, decoder)
     )
-    x, y = args.query or (image.width // 2, image.height // 2)
-    if not (0 <= x < image.width and 0 <= y < image.height):
-        raise UserError(f"--query {x} {y} is outside of the image, which has {image.width}x{image.height} pixels")
+    query = tuple(args.query or (image.width // 2, image.height // 2))
     name = inputs.model_name(args.model, args.checkpoint)
     torch.manual_seed(0)  # for models without a checkpoint
     model = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite).to(device)
-    block = find_mixer(model, args.stage, args.block)[1]
+    find_mixer(model, args.stage, args.block)
     shorter = min(inputs.image_size(None, name, args.checkpoint)) if args.size is None else args.size
-    height, width = size_for(image, model, name, shorter)
-    tensor = image_files.to_tensor(image, name, (height, width)).to(device)
-    at = (x + 0.5, y + 0.5)  # the middle of the pixel
-    shares = (at[0] / image.width, at[1] / image.height)
-    found = attention_maps(model, tensor, shares, args.stage, block, args.mode, args.routes)
+    tensor = image_files.to_tensor(image, name, size_for(image, model, name, shorter)).to(device)
+    title = f"{name}, {inputs.weights_in_words(args.checkpoint)}"
+    found, figure = show(model, title, image, tensor, query, args.stage, args.block, args.mode, args.routes)
     maps = {f"{mode}_{route}": values for mode, of_mode in found.maps.items() for route, values in of_mode.items()}
-    h, w = next(iter(maps.values())).shape
-    weights = "random weights" if args.checkpoint is None else args.checkpoint.name
-    where = f"stage {args.stage}, block {block}: {h}x{w} tokens of {height}x{width} pixels"
-    save_figure(draw(found, image, at, f"{name} ({weights})\n{where}"), args.out)
-    np.savez(args.out.with_suffix(".npz"), **maps, query=(x, y), cell=found.cell)
+    save_figure(figure, args.out)
+    np.savez(args.out.with_suffix(".npz"), **maps, query=query, cell=found.cell)
     print(args.out, args.out.with_suffix(".npz"), sep="\n")

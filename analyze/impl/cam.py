@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from analyze import image_files, inputs
 from analyze.figures import check_png, save_figure
 from analyze.impl.predict import ON_SHEET, class_names
-from analyze.impl.predictions import denormalise
 from analyze.quick import take_quick_run
 from ssm_models import VisionMamba
 from ssm_models.layers.pos_embed import class_token_rows, split_rows
 from ssm_models.printable import printable
 from ssm_train.common.errors import UserError
+from ssm_train.record.sheet import denormalise
 
 
 class OrientedEigenCAM(EigenCAM):
@@ -114,6 +114,36 @@ def compute(model: nn.Module, layer: nn.Module, image: Tensor, target: int, meth
     return Cam(raw, overlay, weights)
 
 
+class Seen(NamedTuple):
+    """An image (C, H, W) as it is shown, from 0 to 1, the class that is looked for, and where that is seen."""
+
+    image: Tensor
+    target: int
+    shares: Tensor
+    caption: str
+    cams: dict[str, Cam]
+
+
+def look(
+    model: nn.Module, name: str, classes: list[str], pixels: Tensor, target: int | None, layer: str | None, methods
+) -> Seen:
+    """What `methods` say of an image (C, H, W), prepared for the model called `name`, and class `target`, or the most
+    probable one if None. `shares` are the probabilities of `classes`. Raises UserError."""
+    batch = pixels[None].to(next(model.parameters()).device)
+    with torch.no_grad():
+        shares = model(batch)[0].float().softmax(-1)
+    target = shares.argmax().item() if target is None else target
+    cams = {method: compute(model, find_layer(model, layer), batch, target, method) for method in methods}
+    caption = printable(f"{classes[target].split(',')[0]}  {shares[target]:.0%}")
+    return Seen(denormalise(pixels, *image_files.statistics(name, len(pixels))), target, shares, caption, cams)
+
+
+def sheet(seen: list[Seen], model: nn.Module, name: str, layer: str | None) -> Figure:
+    """The first ON_SHEET of what was seen."""
+    images, _, _, captions, cams = map(list, zip(*seen[:ON_SHEET], strict=True))
+    return draw(images, cams, captions, f"{name}, {layer or default_layer(model)}")
+
+
 def draw(images: list[Tensor], cams: list[dict[str, Cam]], captions: list[str], title: str) -> Figure:
     """A grid of cells: an image (C, H, W) from 0 to 1, and beside it the map of every method over it."""
     parts = 1 + len(cams[0])
@@ -175,31 +205,22 @@ def command(args: argparse.Namespace) -> int:
     take_quick_run(args, images=12)
     device = inputs.find_device(args.device)
     name = inputs.model_name(args.model, args.checkpoint)
+    torch.manual_seed(0)  # for models without a checkpoint
     model = inputs.load_model(name, args.checkpoint, args.which, args.allow_nonfinite).to(device)
     classes = class_names(model.num_classes, args.checkpoint, args.classes)
     asked = find_class(args.target, classes)
-    layer = find_layer(model, args.layer)
+    find_layer(model, args.layer)
     transform = inputs.evaluation_transform(name, args.checkpoint, args.size)
     decoder = image_files.image_decoder(args.checkpoint, args.range)
     if args.size is not None:
         inputs.check_image_size(model, name, (args.size, args.size), decoder.channels)
     files, images = image_files.given_or_photographs(args.images, decoder)
-    names, shown, cams, targets, captions = [], [], [], [], []
+    names, seen = [], []
     for path, image in inputs.progress(images, "images", len(files)):
-        pixels = transform(image)
-        batch = pixels[None].to(device)
-        with torch.no_grad():
-            shares = model(batch)[0].softmax(-1)
-        target = shares.argmax().item() if asked is None else asked
         names.append(path)
-        targets.append(target)
-        captions.append(printable(f"{classes[target].split(',')[0]}  {shares[target]:.0%}"))
-        shown.append(denormalise(pixels, *image_files.statistics(name, len(pixels))))
-        cams.append({method: compute(model, layer, batch, target, method) for method in args.methods})
-    first = slice(ON_SHEET)
-    title = f"{name}, {args.layer or default_layer(model)}"
-    save_figure(draw(shown[first], cams[first], captions[first], title), args.out)
+        seen.append(look(model, name, classes, transform(image), asked, args.layer, args.methods))
+    save_figure(sheet(seen, model, name, args.layer), args.out)
     data = args.out.with_suffix(".npz")
-    save(data, names, cams, targets)
+    save(data, names, [found.cams for found in seen], [found.target for found in seen])
     print(args.out, data, sep="\n")
     return files.status

@@ -20,7 +20,7 @@ from ssm_train.common.errors import UserError
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)
 _MODELS = ["vmamba_nano", "vim_nano", "vssd_nano", "resnet18"]  # without --model; the first with the quick run
-RANDOM = "random weights"
+RANDOM = inputs.weights_in_words(None)
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -124,7 +124,7 @@ class Job(NamedTuple):
     @property
     def weights(self) -> str:
         """In words."""
-        return self.checkpoint.name if self.checkpoint else "pretrained" if self.pretrained else RANDOM
+        return "pretrained" if self.pretrained else inputs.weights_in_words(self.checkpoint)
 
 
 def jobs_of(models: list[str], checkpoints: list[str] | None, pretrained: bool) -> list[Job]:
@@ -144,30 +144,39 @@ def jobs_of(models: list[str], checkpoints: list[str] | None, pretrained: bool) 
     return jobs
 
 
-def measure(jobs: list[Job], paths: list[Path], device: torch.device, args: argparse.Namespace) -> list[Field]:
-    """The fields of models, read as the options in `args` say. Raises UserError."""
-    fields, size = [], args.size
-    for job in jobs:
-        torch.manual_seed(0)
-        if job.pretrained:
-            model = inputs.load_pretrained_timm(job.model)
-        else:
-            model = inputs.load_model(job.model, job.checkpoint, args.which, args.allow_nonfinite)
-        if job.weights == RANDOM:
-            make_neutral(model)
-        features = features_of(model.to(device), job.model, size)
-        decoder = image_files.image_decoder(job.checkpoint, args.range)
-        files = inputs.progress(paths, f"{job.model}, {job.weights}")
-        pictures = (image_files.read_image(path, decoder) for path in files)
-        images = (image_files.to_tensor(picture, job.model, (size, size)).to(device) for picture in pictures)
-        fields.append(Field(job.model, job.weights, receptive_field(features, images)))
-        _check(fields[-1])
-    return fields
+def build(job: Job, which: str = "auto", allow_nonfinite: bool = False) -> nn.Module:
+    """The model of a job; random weights are the same every time, and neutral. Raises UserError."""
+    torch.manual_seed(0)
+    if job.pretrained:
+        return inputs.load_pretrained_timm(job.model)
+    model = inputs.load_model(job.model, job.checkpoint, which, allow_nonfinite)
+    if job.weights == RANDOM:
+        make_neutral(model)
+    return model
 
 
-def _check(field: Field) -> None:
+def field_of(
+    job: Job, model: nn.Module, paths: Iterable[Path], size: int, asked_range: list[float] | None = None
+) -> Field:
+    """Of the model of a job, over images of size x size pixels. Raises UserError."""
+    features, device = features_of(model, job.model, size), next(model.parameters()).device
+    decoder = image_files.image_decoder(job.checkpoint, asked_range)
+    pictures = (image_files.read_image(path, decoder) for path in paths)
+    images = (image_files.to_tensor(picture, job.model, (size, size)).to(device) for picture in pictures)
+    field = Field(job.model, job.weights, receptive_field(features, images))
     if not field.values.sum() > 0:
         raise UserError(f"{field.model} ({field.weights}): the middle of its features responds to no pixel")
+    return field
+
+
+def measure(jobs: list[Job], paths: list[Path], device: torch.device, args: argparse.Namespace) -> list[Field]:
+    """The fields of models, read as the options in `args` say. Raises UserError."""
+    fields = []
+    for job in jobs:
+        model = build(job, args.which, args.allow_nonfinite).to(device)
+        files = inputs.progress(paths, f"{job.model}, {job.weights}")
+        fields.append(field_of(job, model, files, args.size, args.range))
+    return fields
 
 
 def draw(fields: list[Field], names: list[str], count: int) -> Figure:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from analyze import image_files, inputs
-from analyze.exporting import files, graph, int8, onnx_file
+from analyze.exporting import accuracy, blocks, files, graph, int8, onnx_file
 from analyze.exporting.files import Difference, Runner
 from analyze.impl.predict import class_names
 from analyze.quick import take_quick_run
@@ -29,7 +30,7 @@ from ssm_train.common.fileio import write_atomic
 SUFFIXES = (".onnx", ".aoti.pt2", ".pt2")
 BATCHES = (1, 3)  # of the check: one that frameworks like to treat as special, and one other than the traced
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1, "int8": 1.0}
-_TIMED = 5  # runs, of which the fastest counts
+_TIMED = 3  # runs, of which the fastest counts
 _MOST = 64  # calibration images
 
 
@@ -46,9 +47,9 @@ class Task(NamedTuple):
     tolerance: float
 
     def batches(self, any_size: bool) -> dict[str, Tensor]:
-        """Noise and photographs in batches of `BATCHES`; with `any_size` noise of two other sizes, too."""
+        """As `check_batches`; with `any_size` noise of two other sizes, too."""
         height, width = self.size
-        sizes = [(height + 32, width), (height, width + 48)] if any_size else []
+        sizes = [(height + 32, max(width // 2, 32)), (max(height // 2, 32), width + 48)] if any_size else []
         found = check_batches(self.size, self.name, self.photographs, self.decoder.channels)
         for other in sizes:
             noise = torch.Generator().manual_seed(0)
@@ -59,14 +60,12 @@ class Task(NamedTuple):
 def check_batches(
     size: tuple[int, int], name: str, photographs: Collection[Image.Image], channels: int = 3
 ) -> dict[str, Tensor]:
-    """Noise and photographs in batches of `BATCHES`."""
-    noise = torch.Generator().manual_seed(0)
+    """Noise in the first of `BATCHES`, photographs in the second."""
+    one, several = BATCHES
+    noise = torch.randn(one, channels, *size, generator=torch.Generator().manual_seed(0))
     pixels = torch.cat([image_files.to_tensor(image, name, size) for image in photographs])
-    shape = (channels, *size)
-    batches = {f"noise, batch {count}": torch.randn(count, *shape, generator=noise) for count in BATCHES}
-    for count in BATCHES:
-        batches[f"images, batch {count}"] = pixels[torch.arange(count) % len(pixels)]
-    return batches
+    images = pixels[torch.arange(several) % len(pixels)]
+    return {f"noise, batch {one}": noise, f"images, batch {several}": images}
 
 
 def suffix_of(path: Path) -> str:
@@ -80,6 +79,15 @@ def suffix_of(path: Path) -> str:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+class Written(NamedTuple):
+    """A file, loaded again."""
+
+    run: Runner
+    differences: list[Difference]
+    in_float32: Runner | None = None
+    """The same without quantisation, where that was asked for."""
+
+
 def write_onnx(
     task: Task,
     path: Path,
@@ -87,8 +95,10 @@ def write_onnx(
     opset: int | None = None,
     weights: str = "float32",
     calibration: Path | None = None,
-) -> tuple[Runner, list[Difference]]:
-    """An ONNX file of `task`, checked; int8 if a folder of images is given to find the ranges from."""
+    in_float32: bool = False,
+) -> Written:
+    """An ONNX file of `task`, checked; int8 if a folder of images is given to find the ranges from, and then with
+    `in_float32` also a runner without that."""
     images = None if calibration is None else calibration_images(calibration, task)
     custom = scan == "custom"
     if custom:
@@ -101,28 +111,39 @@ def write_onnx(
             raise UserError(f"--scan custom: the library has no operator for the scans of {task.name}")
         print(f"{task.name} has scans that are written out for one size: the file takes no other", file=sys.stderr)
         model = task.plain()
-    program = graph.trace(model, task.size, task.decoder.channels, any_size)
+    outline = blocks.trace(model, task.size, task.decoder.channels, any_size)
+    converted = onnx_file.convert(outline, opset, any_size)
+    load = partial(files.load_onnx, custom=custom)
+    beside = None
+    if in_float32:
+        with tempfile.TemporaryDirectory() as folder:
+            onnx.save_model(onnx_file.finish(copied(converted), scan), Path(folder, "float32.onnx"))
+            beside = load(Path(folder, "float32.onnx"))
     quantise = None if images is None else partial(int8.quantise, images=images)
-    content = onnx_file.finish(onnx_file.convert(program, opset, any_size), scan, weights, quantise)
-    write = partial(onnx.save_model, content)
-    batches = task.batches(any_size)
-    return files.write_checked(
-        path, write, partial(files.load_onnx, custom=custom), task.eager, batches, task.tolerance
-    )
+    write = partial(onnx.save_model, onnx_file.finish(converted, scan, weights, quantise))
+    return Written(*files.write_checked(path, write, load, task.eager, task.batches(any_size), task.tolerance), beside)
 
 
-def write_pt2(task: Task, path: Path) -> tuple[Runner, list[Difference]]:
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    same = onnx.ModelProto()
+    same.CopyFrom(model)
+    return same
+
+
+def write_pt2(task: Task, path: Path) -> Written:
     """A torch.export file of PyTorch's own operators alone."""
     program = graph.trace(task.plain(), task.size, task.decoder.channels)
-    write = partial(torch.export.save, program)
-    return files.write_checked(path, write, files.load_pt2, task.eager, task.batches(False), task.tolerance)
+    write = partial(files.save_program, program)
+    batches = task.batches(False)
+    return Written(*files.write_checked(path, write, files.load_pt2, task.eager, batches, task.tolerance))
 
 
-def write_compiled(task: Task, path: Path) -> tuple[Runner, list[Difference]]:
+def write_compiled(task: Task, path: Path) -> Written:
     """A package of AOTInductor, for C++ programs on this kind of machine."""
     program = graph.trace(task.plain(), task.size, task.decoder.channels)
     write = partial(files.compile_package, program)
-    return files.write_checked(path, write, files.load_compiled, task.eager, task.batches(False), task.tolerance)
+    batches = task.batches(False)
+    return Written(*files.write_checked(path, write, files.load_compiled, task.eager, batches, task.tolerance))
 
 
 def calibration_images(folder: Path, task: Task) -> Iterator[np.ndarray]:
@@ -210,23 +231,37 @@ def command(args: argparse.Namespace) -> int:
     tolerance = TOLERANCES[form] if args.tolerance is None else args.tolerance
     plain = partial(graph.plain_model, load, eager.state_dict())
     task = Task(name, eager, plain, size, decoder, photographs.values(), tolerance)
+    labelled = None
+    if args.data_path is not None:
+        if size[0] != size[1]:
+            raise UserError(f"--data-path is evaluated on squares, not on --size {size[0]} {size[1]}")
+        labelled = accuracy.labelled_images(args.data_path, args.checkpoint, eager.num_classes)
+        transform = inputs.evaluation_transform(name, args.checkpoint, None if args.size is None else size[0])
     for path, kind in zip(paths, kinds, strict=True):
         inputs.make_folder(path.parent)
         started = time.monotonic()
         if kind == ".onnx":
-            runner, found = write_onnx(task, path, args.scan, args.opset, args.weights, args.int8)
+            beside = args.int8 is not None and labelled is not None
+            written = write_onnx(task, path, args.scan, args.opset, args.weights, args.int8, beside)
         else:
-            runner, found = (write_pt2 if kind == ".pt2" else write_compiled)(task, path)
+            written = (write_pt2 if kind == ".pt2" else write_compiled)(task, path)
         taken = time.monotonic() - started
         of_file = {"scan": args.scan, "weights": form} if kind == ".onnx" else {}
         of_file["seconds"] = round(taken, 1)
-        report = path.with_name(f"{path.name}.json")
-        write_atomic(report, describe(task, names, args.checkpoint, found, of_file))
-        for difference in found:
+        for difference in written.differences:
             print(f"{difference.what:<16} largest difference {difference.largest:.1e}")
-        speeds = images_per_second({"the file": runner, "eager": eager}, task.batches(False)["noise, batch 1"])
-        print(
-            ", ".join(f"{who} {speed:.1f} images/s" for who, speed in speeds.items()) + f", exported in {taken:.0f} s"
-        )
-        print(path, report, sep="\n")
+        runners = {"the file": written.run, "eager": eager}
+        if written.in_float32 is not None:
+            runners["the file in float32"] = written.in_float32
+        if labelled is None:
+            speeds = images_per_second(runners, task.batches(False)["noise, batch 1"])
+            print(", ".join(f"{who} {speed:.1f} images/s" for who, speed in speeds.items()))
+        else:
+            found = accuracy.accuracies(runners, labelled, transform)
+            of_file["top1"] = {who: round(each.top1, 2) for who, each in found.items()}
+            for who, each in found.items():
+                print(f"{who:<20} top-1 {each.top1:.2f}% of {each.images} images, {each.per_second:.1f} images/s")
+        report = path.with_name(f"{path.name}.json")
+        write_atomic(report, describe(task, names, args.checkpoint, written.differences, of_file))
+        print(f"exported in {taken:.0f} s", path, report, sep="\n")
     return files_given.status

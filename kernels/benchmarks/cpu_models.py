@@ -9,7 +9,7 @@ weights, one image in float32, which is what timm publishes of its models.
 timm's models run eager in the rounds of "prepared", too, as there is nothing to prepare. bfloat16 is autocast.
 "training" is forward, cross-entropy and backward in train mode, without stochastic depth.
 
-FOLDER gets cpu-models.csv and cpu-models.png. `--profile MODEL` prints instead what groups of operators cost a model.
+FOLDER gets cpu-models.csv and its picture. `--profile MODEL` prints instead what groups of operators cost a model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from pathlib import Path
 
 import torch
 from models import create, infer, train
-from output import panels, write_csv, write_png
+from output import legend_beside, panels, write_csv, write_picture
 from timing import measure
 from torch import nn
 
 from ssm_models import for_inference
+from ssm_models.layers.onednn import problem
 
 GROUPS = {
     "maps": ("swin_tiny_patch4_window7_224", "convnext_tiny", "vmamba_tiny_s1l8", "vssd_tiny"),
@@ -104,8 +105,13 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str, torc
     groups = [tuple(args.models)] if args.models else [GROUPS[name] for name in args.groups]
     for names, way in itertools.product(groups, args.ways):
         for dtype, batch in itertools.product(DTYPES[:1] if way == "compiled" else DTYPES, BATCHES[way]):
-            if _name(dtype) in args.dtypes and batch in args.batches:
+            if _name(dtype) not in args.dtypes or batch not in args.batches:
+                continue
+            missing = problem(dtype) if way == "prepared" else None
+            if missing is None:
                 yield names, way, dtype, batch
+            else:
+                print(f"{way:9} {_name(dtype):9} batch {batch}  left out: {missing}")
 
 
 def measure_cell(
@@ -129,22 +135,32 @@ def measure_cell(
 
 
 def draw(rows: list[dict], table: Path) -> None:
-    """A panel per baseline: ratios as bars, one group per way, precision and batch."""
+    """A panel per baseline: ratios as bars, one group per way, precision and batch; of one group a bar per model."""
     baselines = list(dict.fromkeys(row["baseline"] for row in rows))
     figure, found = panels(len(baselines), (17, 4 * len(baselines)))
     for axes, baseline in zip(found, baselines, strict=True):
         mine = [row for row in rows if row["baseline"] == baseline]
         labels = list(dict.fromkeys((row["way"], row["dtype"], row["batch"]) for row in mine))
         models = list(dict.fromkeys(row["model"] for row in mine))
+        title = f"images per second on {mine[0]['cpu']}, {baseline} = 1"
+        if len(labels) == 1:
+            bars = axes.barh(models, [float(row["ratio"]) for row in mine])
+            axes.bar_label(bars, fmt="%.2f", padding=3)
+            axes.axvline(1, color="black", linewidth=0.8)
+            way, dtype, batch = labels[0]
+            axes.set(title=f"{title}; {way}, {dtype}, batch {batch}", xlabel="times as fast")
+            axes.margins(x=0.08)
+            axes.invert_yaxis()
+            continue
         for i, model in enumerate(models):
             ratios = {(r["way"], r["dtype"], r["batch"]): float(r["ratio"]) for r in mine if r["model"] == model}
             places = [j + (i + 0.5) / len(models) * 0.8 - 0.4 for j in range(len(labels))]
             axes.bar(places, [ratios[label] for label in labels], 0.8 / len(models), label=model)
         axes.set_xticks(range(len(labels)), [f"{way}\n{dtype}\nbatch {batch}" for way, dtype, batch in labels])
-        axes.set(title=f"images per second on {mine[0]['cpu']}, {baseline} = 1", ylabel="ratio")
+        axes.set(title=title, ylabel="times as fast")
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    write_png(figure, table)
+        legend_beside(axes)
+    write_picture(figure, table)
 
 
 # ---- where the time goes --------------------------------------------------------------------------------------------
@@ -160,6 +176,8 @@ def kind_of(operator: str) -> str:
 def print_profile(name: str, args: argparse.Namespace) -> None:
     """Percent of a model's own time by group of operators, for every way but the compiled one."""
     for way, dtype in itertools.product([way for way in args.ways if way != "compiled"], DTYPES):
+        if way == "prepared" and problem(dtype) is not None:
+            continue
         images = torch.randn(8, 3, args.size, args.size).to(memory_format=torch.channels_last)
         model = create(name, args.size, torch.device("cpu")).to(memory_format=torch.channels_last)
         run = runner(model, way, dtype, images)

@@ -7,7 +7,7 @@ autocast, the weights stay float32. Peak memory (CUDA) is that of one step: the 
 activations.
 
 --linear times one image at S x S and at 4S x 4S pixels instead; a cost of 16 is linear in the number of pixels. Beside
-the csv comes a PNG.
+the csv comes its picture.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from output import panels, write_csv, write_png
+from output import panels, write_csv, write_picture
 from timing import measure
 from torch import nn
 
@@ -143,7 +143,7 @@ def draw(rows: list[dict], out: Path) -> None:
         axes.set(title=f"{label}, batch {mine[0]['batch']}, {mine[0]['dtype']}, {how}", xlabel="images/s")
         axes.invert_yaxis()
         axes.grid(axis="x", alpha=0.3)
-    write_png(figure, out)
+    write_picture(figure, out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,6 +28,17 @@ def panels(count: int, size: tuple[float, float]) -> tuple[Figure, Sequence[Axes
     return figure, figure.subplots(count, 1, squeeze=False)[:, 0]
 
 
-def write_png(figure: Figure, table: Path) -> None:
-    """Beside the csv `table`."""
+def legend_beside(axes: Axes) -> None:
+    """To the right of the panel, where no curve can be."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def write_picture(figure: Figure, table: Path) -> None:
+    """Beside the csv `table`, as PNG, SVG and PDF. The same picture gives the same bytes: no dates, no random names."""
+    from matplotlib import rc_context
+
     figure.savefig(table.with_suffix(".png"), dpi=100)
+    figure.set_layout_engine("none")  # all three in the same layout, which takes longest to find
+    with rc_context({"svg.hashsalt": table.stem, "svg.fonttype": "none"}):
+        figure.savefig(table.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(table.with_suffix(".pdf"), metadata={"CreationDate": None})

@@ -5,19 +5,20 @@ and the exit status is 1.
 Then all ways to compute a case are timed, forward and forward + backward (see timing.py), and the table shows medians
 with the fastest and slowest run, the bytes that must move, and their rate as a share of the copy bandwidth measured
 here; a share above 1 has a note. On a GPU the time that a call takes of the host stands apart (host_ms). Beside the csv
-comes a PNG of the curves.
+comes its picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 from pathlib import Path
 
 import torch
 from cases import MAKERS, Case, cases
-from output import panels, write_csv, write_png
+from output import write_csv, write_picture
 from timing import Times, host_seconds, measure
 
 COLUMNS = (
@@ -129,19 +130,46 @@ def rows_of(case: Case, args, device, dtype, bandwidth: float) -> tuple[list[dic
 
 
 def draw(rows: list[dict], out: Path) -> None:
-    """One panel per operator and pass: milliseconds over the sizes, a line per way."""
-    kinds = sorted({(r["operator"], r["pass"]) for r in rows})
-    figure, axes = panels(len(kinds), (12, 4 * len(kinds)))
-    for axis, (operator, label) in zip(axes, kinds, strict=True):
-        mine = [r for r in rows if (r["operator"], r["pass"]) == (operator, label)]
-        for impl in dict.fromkeys(r["impl"] for r in mine):
-            points = [r for r in mine if r["impl"] == impl]
-            axis.plot([r["size"] for r in points], [r["median_ms"] for r in points], "o-", label=impl)
-        axis.set(title=f"{operator}, {label}", ylabel="ms", yscale="log")
-        axis.tick_params(axis="x", rotation=60, labelsize=7)
-        axis.grid(True, which="both", alpha=0.3)
-        axis.legend()
-    write_png(figure, out)
+    """Left forward, right forward + backward; per operator a line for every size, and on it the milliseconds of every
+    way: a dot at the median, a bar from the fastest run to the slowest."""
+    from matplotlib.figure import Figure  # takes a second, and only pictures need it
+
+    operators = list(dict.fromkeys(row["operator"] for row in rows))
+    sizes = {name: list(dict.fromkeys(r["size"] for r in rows if r["operator"] == name)) for name in operators}
+    heights = [0.19 * len(sizes[name]) + 1.2 for name in operators]
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(row["impl"] for row in rows))}
+    parts = figure.subfigures(len(operators), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, operator in zip(parts, operators, strict=True):
+        mine = [row for row in rows if row["operator"] == operator]
+        for axes, kind in zip(part.subplots(1, 2, sharey=True), ("forward", "forward+backward"), strict=True):
+            _times(axes, [row for row in mine if row["pass"] == kind], sizes[operator], colours)
+            axes.set_title(kind, fontsize=10)
+        part.suptitle(f"{operator}, {mine[0]['dtype']}", fontweight="bold", fontsize=11)
+        part.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    write_picture(figure, out)
+
+
+def _times(axes, rows: list[dict], sizes: list[str], colours: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for impl in dict.fromkeys(row["impl"] for row in rows):
+        mine = [row for row in rows if row["impl"] == impl]
+        median, low, high = ([float(row[f"{name}_ms"]) for row in mine] for name in ("median", "min", "max"))
+        spread = ([m - a for m, a in zip(median, low, strict=True)], [b - m for m, b in zip(median, high, strict=True)])
+        places = [sizes.index(row["size"]) for row in mine]
+        axes.errorbar(
+            median, places, xerr=spread, fmt="o", markersize=4, elinewidth=1.5, color=colours[impl], label=impl
+        )
+    axes.set_xscale("log")
+    decades = math.log10(axes.get_xlim()[1] / axes.get_xlim()[0])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 2.5 else (1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("ms")
+    axes.set_yticks(range(len(sizes)), sizes, fontsize=8, family="monospace")
+    axes.set_ylim(len(sizes) - 0.5, -0.5)  # the first on top
+    axes.grid(alpha=0.4)
 
 
 def main(argv: list[str] | None = None) -> None:

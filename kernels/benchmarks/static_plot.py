@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from output import panels, write_png
+from output import legend_beside, panels, write_picture
 from sass import CLASSES
 
 
@@ -16,7 +16,7 @@ def draw(rows: list[dict], table: Path) -> None:
     scans = [r for r in timed if r["operator"] == "selective_scan"]
     others = [r for r in timed if r["operator"] != "selective_scan"]
     kinds = [(gpu, d) for gpu in gpus for d in directions if scans] + [(gpu, None) for gpu in gpus if others]
-    figure, axes = panels(len(kinds) + bool(scans), (13, 4.5 * (len(kinds) + bool(scans))))
+    figure, axes = panels(len(kinds) + bool(scans), (16, 4.5 * (len(kinds) + bool(scans))))
     for axis, (gpu, direction) in zip(axes, kinds, strict=False):
         if direction is None:
             _bounds(axis, [r for r in others if r["gpu"] == gpu])
@@ -32,7 +32,7 @@ def draw(rows: list[dict], table: Path) -> None:
             f"predicted, {last}: instructions of selective_scan per token, channel and state, first size"
         )
     figure.suptitle("Predicted from machine code and data sheets, not measured")
-    write_png(figure, table)
+    write_picture(figure, table)
 
 
 def _times(axis, rows: list[dict]) -> None:
@@ -41,11 +41,12 @@ def _times(axis, rows: list[dict]) -> None:
         axis.plot([r["size"] for r in mine], [float(r["predicted_us"]) for r in mine], "o", label=name)
         if name == "cuda":
             memory = [float(r["predicted_memory_us"]) for r in mine]
-            axis.plot([r["size"] for r in mine], memory, "k_", label="bytes of cuda alone")
+            axis.plot([r["size"] for r in mine], memory, "k_", label="the bytes of\ncuda alone")
     axis.set(ylabel="predicted microseconds", yscale="log")
-    axis.tick_params(axis="x", rotation=20, labelsize=7)
+    sizes = list(dict.fromkeys(r["size"] for r in rows))
+    axis.set_xticks(range(len(sizes)), [_in_lines(size) for size in sizes], fontsize=9)
     axis.grid(True, which="both", alpha=0.3)
-    axis.legend()
+    legend_beside(axis)
 
 
 def _bounds(axis, rows: list[dict]) -> None:
@@ -54,10 +55,11 @@ def _bounds(axis, rows: list[dict]) -> None:
     for i, bound in enumerate(("issue", "pipeline", "memory")):
         at = [n + 0.27 * (i - 1) for n in range(len(first))]
         axis.bar(at, [float(r[f"predicted_{bound}_us"]) for r in first], 0.25, label=bound)
-    axis.set_xticks(range(len(first)), [r["kernel"].removesuffix("_kernel") for r in first], rotation=20, fontsize=7)
+    names = [r["kernel"].removesuffix("_kernel") for r in first]
+    axis.set_xticks(range(len(first)), names, rotation=20, rotation_mode="anchor", ha="right", fontsize=9)
     axis.set(ylabel="predicted microseconds", yscale="log")
     axis.grid(True, axis="y", alpha=0.3)
-    axis.legend()
+    legend_beside(axis)
 
 
 def _instructions(axis, rows: list[dict]) -> None:
@@ -71,9 +73,17 @@ def _instructions(axis, rows: list[dict]) -> None:
         else:
             parts = [float(r[f"predicted_hot_{name}"]) for r in first]
         label = "around the hot loop" if name == "around" else name
-        axis.bar(range(len(first)), parts, 0.6, bottom=floor, label=label)
+        axis.barh(range(len(first)), parts, 0.7, left=floor, label=label)
         floor = [a + b for a, b in zip(floor, parts, strict=True)]
-    labels = [f"{r['implementation']}\n{r['kernel']}\n{r['size'].split(' ', 1)[1]}" for r in first]
-    axis.set_xticks(range(len(first)), labels, rotation=60, fontsize=6)
-    axis.grid(True, axis="y", alpha=0.3)
-    axis.legend(ncols=2)
+    labels = [f"{r['implementation']} {r['kernel'].removesuffix('_kernel')}, {r['size']}" for r in first]
+    axis.set_yticks(range(len(first)), labels, fontsize=8)
+    axis.set_xlabel("instructions")
+    axis.invert_yaxis()
+    axis.grid(True, axis="x", alpha=0.3)
+    legend_beside(axis)
+
+
+def _in_lines(size: str) -> str:
+    """VMamba-T B128 D384 L3136 N1 G4, of which two sizes stand on a line."""
+    name, *sizes = size.split()
+    return "\n".join([name, *(" ".join(sizes[i : i + 2]) for i in range(0, len(sizes), 2))])

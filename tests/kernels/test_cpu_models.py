@@ -2,12 +2,15 @@
 
 import csv
 import importlib
+import itertools
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from ssm_models.layers import onednn
 
 FOLDER = Path(__file__).parents[2] / "kernels" / "benchmarks"
 TABLE = FOLDER / "results" / "cpu-2-cores" / "cpu-models.csv"
@@ -23,7 +26,7 @@ def rows_of(table: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
-    names = ("cpu_models", "models", "timing", "output")
+    names = ("cpu_models", "models", "timing", "output", "roofline")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("cpu_models")
@@ -31,7 +34,8 @@ def script(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_every_cell_compares_its_models_in_the_same_turns(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lacks", [False, True], ids=["bfloat16", "none"])
+def test_every_cell_compares_its_models_in_the_same_turns(script, lacks, tmp_path, monkeypatch, capsys):
     options = ["--models", "vmamba_nano", "vim_nano", "--size", "32", "--turns", "1", "--ways", "prepared", "training"]
     measured, times = [], importlib.import_module("timing").Times
 
@@ -42,10 +46,15 @@ def test_every_cell_compares_its_models_in_the_same_turns(script, tmp_path, monk
         return {name: times(*(3 * (0.5 + i,))) for i, name in enumerate(runs)}
 
     monkeypatch.setattr(script, "measure", measure)
+    monkeypatch.setattr(script, "problem", lambda dtype: "no units" if lacks and dtype == torch.bfloat16 else None)
+    if not lacks and onednn.problem(torch.bfloat16) is not None:
+        pytest.skip("this processor has no bfloat16")
     script.main([*options, "--out", str(tmp_path)])
     rows = rows_of(tmp_path / "cpu-models.csv")
-    assert measured == [["vmamba_nano", "vim_nano"]] * 6  # prepared in two batches, training in one, two precisions
-    assert [row["ratio"] for row in rows] == ["1.000", "0.333"] * 6
+    cells = 4 if lacks else 6  # prepared in two batches, training in one, two precisions
+    assert measured == [["vmamba_nano", "vim_nano"]] * cells
+    assert [row["ratio"] for row in rows] == ["1.000", "0.333"] * cells
+    assert capsys.readouterr().out.count("left out: no units") == 6 - cells
     assert {row["baseline"] for row in rows} == {"vmamba_nano"} and {row["cpu"] for row in rows} == {script.cpu_name()}
     assert (tmp_path / "cpu-models.png").read_bytes().startswith(b"\x89PNG")
 
@@ -96,3 +105,29 @@ def test_a_wrong_model_is_named(script, tmp_path):
     with pytest.raises(SystemExit, match="vmamba_nan is not in timm's registry"):
         script.main(["--models", "vmamba_nan", "--turns", "1", "--out", str(tmp_path)])
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", ["vim_nano", "vmamba_nano", "vssd_nano"])
+def test_floors_count_every_product_of_a_model(script, name, monkeypatch):
+    """With a millisecond for each product, and a second for the model and the copy, the floors are counts."""
+    roofline, times = importlib.import_module("roofline"), importlib.import_module("timing").Times
+
+    def measure(runs, turns, device):
+        for run in runs.values():
+            run()
+        return {key: times(*(3 * (1e-3 if type(key) is tuple else 1.0,))) for key in runs}
+
+    monkeypatch.setattr(roofline, "measure", measure)
+    monkeypatch.setattr(roofline, "COPIED", 1 << 20)
+    row = roofline.floors(name, 2, torch.float32, 1)
+
+    model, moved = roofline.create(name, 224, torch.device("cpu")).eval(), {torch.nn.Linear: [], torch.nn.Conv2d: []}
+    for module, (kind, numbers) in itertools.product(model.modules(), moved.items()):
+        if isinstance(module, kind):
+            module.register_forward_hook(lambda _, x, y, numbers=numbers: numbers.append(x[0].numel() + y.numel()))
+    model(torch.randn(2, 3, 224, 224))
+    linear, convolutions = moved.values()
+    assert (float(row["linear_ms"]), float(row["convolution_ms"])) == (len(linear), len(convolutions))
+    assert float(row["share_of_products"]) == pytest.approx((len(linear) + len(convolutions)) / 1000, abs=6e-4)
+    numbers = sum(linear) + sum(convolutions) + sum(p.numel() for p in model.parameters())
+    assert float(row["bytes_ms"]) == pytest.approx(1e3 * 4 * numbers / (2 << 20), rel=1e-6)

@@ -1,5 +1,6 @@
 """analyze/app.py through a real browser: what it shows is what the commands compute, and what it refuses."""
 
+import re
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -108,8 +109,8 @@ def test_an_image_a_pixel_a_block(page, served, tmp_path):
     wait_for_numbers(page, 0, expected_numbers(first, path, query, 0, 2, "ww"))
     shown = page.locator("#command0").inner_text().replace("\n", "")
     assert f"--query {query[0]} {query[1]} --stage 0 --block 2 --mode ww" in shown
-    assert "analyze/attnmap.py --model vim_nano" in shown
-    shares = app_views.classes(first, path)
+    assert "analyze/attnmap.py --model vim_nano --images photo.png " in shown  # not where the upload lies
+    shares = app_views.answer(first, path).shares
     assert list(shares)[0] in page.locator("#classes0").inner_text()
 
 
@@ -133,7 +134,39 @@ def test_receptive_field_throughput_and_files(page):
         "(document.querySelector('#speed0 textarea, #speed0 input') || {}).value.includes('images/s')"
     )
     names = page.locator("#files0").inner_text()
-    assert all(f"attnmap{suffix}" in names.replace("\n", "") for suffix in (".png", ".svg", ".pdf"))
+    assert all(f"attnmap{suffix}" in names.replace("\n", "") for suffix in (".png", ".svg", ".pdf", ".sh"))
+    links = page.locator("#files0 a").evaluate_all("links => links.map(link => link.href)")
+    script = page.request.get(next(link for link in links if link.endswith("/attnmap.sh"))).text()
+    assert script == page.locator("#command0 .cm-content").inner_text().replace("\n", "") + "\n"
+
+
+def test_opening_the_page_computes_nothing(browser, served, monkeypatch):
+    """What it opens with was made before: nobody waits for it."""
+    for name in ("attention", "answer", "picture"):
+        monkeypatch.setattr(app_views, name, lambda *_: pytest.fail("something is computed"))
+    page = browser.new_page()
+    page.goto(served.address)
+    for picture in ("picture", "maps0", "cam0"):
+        page.wait_for_selector(f"#{picture} img")
+    assert page.locator(".toast-body").count() == 0
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1300])
+def test_it_fits_the_window(browser, served, width, scheme):
+    """No part of the page is wider than the window, and text stands out from what is behind it."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(60_000)
+    page.goto(served.address)
+    page.wait_for_selector("#cam0 img")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    colours = [page.evaluate(f"getComputedStyle({what}).{key}") for what, key in (
+        ("document.querySelector('h1')", "color"), ("document.body", "backgroundColor"),
+    )]  # fmt: skip
+    text, ground = (sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 for colour in colours)
+    assert abs(text - ground) > 120 and (ground > 128) == (scheme == "light"), colours
+    page.close()
 
 
 def huge(path: Path) -> Path:
