@@ -16,10 +16,10 @@ def next_commands(folder: Path, source: ImageSource) -> list[tuple[str, str]]:
     if not (_ANALYZE / "predict.py").is_file():
         return []
     found = []
-    # one of each class
+    # one of each class, as far as a terminal can show and take the name
     firsts = [source.targets.tolist().index(label) for label in range(min(len(source.classes), _MOST_IMAGES))]
-    images = [source.name(index) for index in firsts]
-    if all(map(os.path.isfile, images)):
+    images = [source.name(index) for index in firsts if source.name(index).isprintable()]
+    if images and all(map(os.path.isfile, images)):
         out = folder / "predict.png"
         found.append(("what it says of pictures", _line("predict.py", folder, "--images", *images, "--out", out)))
     found.append(("to use it elsewhere", _line("export.py", folder, "--out", folder / "model.onnx")))

@@ -203,6 +203,8 @@ def test_names_of_any_bytes(tmp_path, tune):
     assert "  caf\\xe9: 10 + 2\n  new\\nline: 10 + 2\n" in done.out
     assert len(rows(out / "split.csv")) == 36 and len(rows(out / "validation.csv")) == 6
     assert "| new\\\\nline | 2 |" in (out / "report.md").read_text()
+    (named,) = [line for line in done.out.splitlines() if "analyze/predict.py" in line]
+    assert "ünï" in named and "caf" not in named and "new" not in named
     assert tune(data, out, "--resume", "auto").status == 0
 
 
