@@ -73,7 +73,7 @@ def measure(cfg: CN, device: torch.device, updates: int, repeats: int, folder: P
     loader = InMemory(Batch(images, targets, [], [Key(0, index) for index in range(len(images))]), updates)
     bare, loop = [], []
     with RunLog(active=False) as log:
-        trainer = Trainer(cfg, world, log, folder, run, loader, loader, loader, StopRequest())
+        trainer = Trainer(cfg, world, log, folder, run, loader, loader, loader, loader, StopRequest())
         for _ in progress(range(repeats + 1), "pairs of measurements"):
             bare.append(timed(lambda: _bare_steps(run, images, targets, updates), device) / updates)
             loop.append(timed(lambda: _loop(trainer), device) / updates)

@@ -73,9 +73,16 @@ class LinearNCSSD(NCSSD):
         w, D = self._token_weights(dt), at_least_float32(self.D)
         A = -torch.ones_like(D)
         y = nc_ssd(x, w, A, *rotated, bfloat16_products=True, out_dtype=D.dtype, impl=self.impl)
-        # with one channel a head, products of plain PyTorch are the fastest there is
-        norm = nc_ssd(torch.ones_like(x[..., :1]), w, A, k, q, out_dtype=D.dtype, impl="reference")
+        norm = self._normaliser(w, k, q)
         return torch.addcmul(y / (norm + self.eps), D[:, None], x.to(y.dtype)).to(self.D.dtype)
+
+    def _normaliser(self, w: Tensor, k: Tensor, q: Tensor) -> Tensor:
+        """sum_s w_s (q_t . k_s), (B, L, h, 1): as many channels of one head as heads share keys, which is faster than
+        as many heads of one channel."""
+        heads = w.unflatten(2, (-1, self.groups)).mT  # (B, L, G, h / G)
+        ones = torch.ones_like(w[..., : self.groups])
+        y = nc_ssd(heads, ones, -ones[0, 0], k.to(w.dtype), q.to(w.dtype), impl=self.impl)
+        return y.mT.flatten(2).unsqueeze(3)
 
     def _token_weights(self, dt: Tensor) -> Tensor:
         """(B, L, h) -> weights, in float32 at least."""

@@ -54,17 +54,20 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def unwatched(*modules: nn.Module) -> bool:
     """Whether no hook waits for a call of `modules`, so that their results need not exist."""
-    if nn_module._has_any_global_hook():
-        return False
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
+    return not nn_module._has_any_global_hook() and not any(map(_has_hooks, modules))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the weight of `layer` is all there is to it, so that a fused operator may read that instead of calling
-    the layer. It is not in adapters around a layer, in parametrised, pruned or quantised ones, nor where hooks wait."""
-    return type(layer) is kind and not is_wrapper(layer.weight) and unwatched(layer)
+    the layer. It is not in adapters around a layer, in parametrised, pruned or quantised ones, nor where hooks wait for
+    this layer. Hooks of all modules at once are for those that are called: counters have them, and shall see the
+    operator."""
+    return type(layer) is kind and not is_wrapper(layer.weight) and not _has_hooks(layer)
 
 
 def is_wrapper(weight: Tensor) -> bool:
