@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("", "install/", "gallery/", "weights/", "api/ssm_ops/")
+PAGES = ("", "install/", "tour/", "gallery/", "weights/", "api/ssm_ops/")
 
 pytestmark = pytest.mark.web
 

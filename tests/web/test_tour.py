@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.web
+
 TOUR = Path(__file__).parents[2] / "docs" / "tour.ipynb"
 CELLS = [cell for cell in json.loads(TOUR.read_text())["cells"] if cell["cell_type"] == "code"]
 VARIES = re.compile(r"top-1|right$")
