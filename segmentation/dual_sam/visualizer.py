@@ -9,7 +9,8 @@ from torch import Tensor
 from segmentation.dual_sam.connectivity import MAPS, OFFSETS
 
 _ROWS = 2
-_INK = (255, 255, 255)
+_NAMES = 18  # pixels of the strip above a map that names it
+_LEAST = 640  # pixels that a picture is wide, so that eight maps and their names can be read
 
 
 class ConnectivityVisualizer(SegLocalVisualizer):
@@ -22,22 +23,22 @@ class ConnectivityVisualizer(SegLocalVisualizer):
         """Arguments as of mmsegmentation's."""
         super().add_datasample(name, image, data_sample, step=step, **drawing)
         if data_sample is not None and "connectivity" in data_sample:
-            picture = np.vstack([self.get_image(), connectivity_sheet(data_sample.connectivity.data, image.shape[1])])
+            times = -(-_LEAST // image.shape[1])
+            large = cv2.resize(self.get_image(), None, fx=times, fy=times, interpolation=cv2.INTER_NEAREST)
+            picture = np.vstack([large, connectivity_sheet(data_sample.connectivity.data, large.shape[1])])
             self.set_image(picture)
             self.add_image(name, picture, step)
 
 
 def connectivity_sheet(maps: Tensor, width: int) -> np.ndarray:
-    """(8, H, W) probabilities -> (h, width, 3) uint8, four maps beside each other, in two rows."""
+    """(8, H, W) probabilities -> (h, width, 3) uint8, four maps beside each other, in two rows, each below its name."""
     columns = MAPS // _ROWS
     size = width // columns, max(round(width / columns * maps.shape[1] / maps.shape[2]), 1)
     cells = []
     for probability, (dy, dx) in zip(maps.cpu().numpy(), OFFSETS, strict=True):
         cell = cv2.resize((probability * 255).astype(np.uint8), size, interpolation=cv2.INTER_AREA)
-        cell = np.repeat(cell[..., None], 3, axis=-1)
-        # the name in a corner, readable on black and on white
-        cv2.putText(cell, f"{dy:+d},{dx:+d}", (2, 10), cv2.FONT_HERSHEY_PLAIN, 0.7, (0, 0, 0), 3)
-        cells.append(cv2.putText(cell, f"{dy:+d},{dx:+d}", (2, 10), cv2.FONT_HERSHEY_PLAIN, 0.7, _INK, 1))
-    rows = [np.hstack(cells[first : first + columns]) for first in range(0, MAPS, columns)]
-    sheet = np.vstack(rows)
-    return np.pad(sheet, ((0, 0), (0, width - sheet.shape[1]), (0, 0)))
+        strip = np.zeros((_NAMES, size[0]), np.uint8)
+        cv2.putText(strip, f"{dy:+d}, {dx:+d}", (3, _NAMES - 5), cv2.FONT_HERSHEY_SIMPLEX, 0.4, 255, 1, cv2.LINE_AA)
+        cells.append(np.vstack([strip, cell]))
+    sheet = np.vstack([np.hstack(cells[first : first + columns]) for first in range(0, MAPS, columns)])
+    return np.repeat(np.pad(sheet, ((0, 0), (0, width - sheet.shape[1])))[..., None], 3, axis=-1)

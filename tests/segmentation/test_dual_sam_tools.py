@@ -1,5 +1,6 @@
 """Dual-SAM through the tools: training, resuming, tests, pictures, and the configs."""
 
+import math
 import shutil
 
 import numpy as np
@@ -99,12 +100,18 @@ def test_evaluation_and_maps(trained, call, digits, tmp_path):
     assert metrics["MAE"] == recorded(trained, "MAE")["MAE"]
     shown = sorted(Image.open(path).size for path in (tmp_path / "shown").rglob("*.png"))
     sides = sorted(Image.open(path).size for path in (digits / "test/Image").iterdir())
-    assert shown == [(width, height + 2 * round(width / 4 * height / width)) for width, height in sides]
+    assert shown == sorted(size_of_picture(*side) for side in sides)
 
 
 def test_tta_averages_probabilities(trained, call, tmp_path):
     assert call(test, trained / "iter_4.pth", "--work-dir", tmp_path, "--tta").status == 0
     assert 0 <= metrics_of(tmp_path)["MAE"] <= 1
+
+
+def size_of_picture(width: int, height: int) -> tuple[int, int]:
+    """Of an image enlarged to 640 pixels of width or more, with two rows of maps below it, each under its name."""
+    times = math.ceil(640 / width)
+    return times * width, times * height + 2 * (18 + round(times * width / 4 * height / width))
 
 
 def test_demo_draws_the_connectivity(trained, digits, tmp_path):
@@ -113,18 +120,19 @@ def test_demo_draws_the_connectivity(trained, digits, tmp_path):
     assert image_demo.main([str(image), *flags, "--out-dir", str(tmp_path)]) == 0
     drawn, original = (np.asarray(Image.open(path)) for path in (tmp_path / image.name, image))
     height, width = original.shape[:2]
-    cell = round(width / 4 * height / width)
-    assert drawn.shape == (height + 2 * cell, width, 3)
-    assert (drawn[height:] == drawn[height:, :, :1]).all()  # grey
+    assert drawn.shape == (*size_of_picture(width, height)[::-1], 3)
+    top = height * drawn.shape[1] // width
+    assert (drawn[top:] == drawn[top:, :, :1]).all()  # grey
 
 
 def test_sheet_of_maps():
     maps = torch.zeros(8, 40, 60)
     maps[5] = 1
     sheet = connectivity_sheet(maps, width=122)
-    assert sheet.shape == (40, 122, 3)
-    cells = sheet[:, :120].reshape(2, 20, 4, 30, 3).swapaxes(1, 2).reshape(8, -1)
-    assert [i for i, cell in enumerate(cells) if np.median(cell) == 255] == [5]
+    assert sheet.shape == (2 * (18 + 20), 122, 3)
+    cells = sheet[:, :120].reshape(2, 38, 4, 30, 3).swapaxes(1, 2).reshape(8, 38, 30, 3)
+    assert all(0 < cell[:18].mean() < 128 for cell in cells)  # names, white on black
+    assert [(cell[18:] == 255).all() for cell in cells] == [i == 5 for i in range(8)]
 
 
 def test_predictions_of_any_size():
