@@ -19,6 +19,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def plus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a b, in one operation; in traced graphs in two, which every converter of them knows."""
+    return x + a * b if torch.jit.is_tracing() else torch.addcmul(x, a, b)
+
+
 # ---- routes ---------------------------------------------------------------------------------------------------------
 
 # A route is (walk the columns?, walk backwards?).

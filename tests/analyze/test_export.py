@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import warnings
 from functools import partial
 
 import numpy as np
@@ -365,3 +366,16 @@ def test_torchscript_of_exportable_models(name, tmp_path):
     with torch.no_grad():
         torch.jit.trace(model, images).save(tmp_path / "model.pt")
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(images), model(images), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vmamba_nano", "vim_nano", "vssd_nano", "vssd_nano_iccv2025", "vmamba_tiny_m2"])
+def test_onnx_by_the_converter_of_traces(name, tmp_path):
+    """The older one of PyTorch, which knows fewer operators."""
+    model = timm.create_model(name, num_classes=5, exportable=True, **SMALL[name]).eval()
+    images, out = torch.randn(1, 3, 16, 24), tmp_path / "model.onnx"
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and says what it fixes
+        torch.onnx.export(model, (images,), out, dynamo=False, opset_version=17)
+        session = onnxruntime.InferenceSession(out)
+        [found] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=0, atol=1e-5)

@@ -45,5 +45,5 @@ class Attention(nn.Module):
         if self.fused_attn and not is_transformed():
             y = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, d)
         else:
-            y = (q * q.shape[3] ** -0.5 @ k.mT).softmax(3) @ v
+            y = (q * q.shape[3] ** -0.5 @ k.transpose(-2, -1)).softmax(3) @ v
         return self.to_out(y.transpose(1, 2).flatten(2).unflatten(1, (height, width)))

@@ -128,11 +128,11 @@ class BiMamba(nn.Module):
         """(B, L, E) -> SiLU of the causal convolution, from the end with `reverse`."""
         if not is_plain(conv, nn.Conv1d):
             u = x.flip(1) if reverse else x
-            u = F.silu(conv(u.mT)[..., : x.shape[1]]).mT.to(x.dtype)
+            u = F.silu(conv(u.transpose(-2, -1))[..., : x.shape[1]]).transpose(-2, -1).to(x.dtype)
             return u.flip(1) if reverse else u
         weight, impl = conv.weight.squeeze(1), self.side_impl
-        u = causal_conv1d(x.mT, weight, conv.bias, activation="silu", reverse=reverse, impl=impl)
-        return u.mT
+        u = causal_conv1d(x.transpose(-2, -1), weight, conv.bias, activation="silu", reverse=reverse, impl=impl)
+        return u.transpose(-2, -1)
 
     def _both_ways(self, x: Tensor) -> Tensor:
         """(B, L, E) -> the sum of the scans in both directions."""
@@ -185,21 +185,21 @@ class BiMamba(nn.Module):
         with no_autocast(u.device.type):  # step sizes in float32, as `bidirectional_scan` has them
             if is_plain(dt_proj, nn.Linear):
                 weight, bias = _at_least_float32(dt_proj.weight), _at_least_float32(dt_proj.bias)
-                delta = weight @ dt.mT.to(weight.dtype)  # (B, E, L)
+                delta = weight @ dt.transpose(-2, -1).to(weight.dtype)  # (B, E, L)
             else:
-                delta, bias = _at_least_float32(dt_proj(dt.to(D.dtype))).mT, None
+                delta, bias = _at_least_float32(dt_proj(dt.to(D.dtype))).transpose(-2, -1), None
         y = selective_scan(
-            u.mT,
+            u.transpose(-2, -1),
             delta,
             -_at_least_float32(A_log).exp(),
-            B.mT.to(u.dtype),
-            C.mT.to(u.dtype),
+            B.transpose(-2, -1).to(u.dtype),
+            C.transpose(-2, -1).to(u.dtype),
             _at_least_float32(D),
             bias,
             delta_softplus=True,
             impl=self.impl,
         )
-        return y.mT
+        return y.transpose(-2, -1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

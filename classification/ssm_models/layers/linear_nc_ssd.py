@@ -79,16 +79,18 @@ class LinearNCSSD(NCSSD):
     def _normaliser(self, w: Tensor, k: Tensor, q: Tensor) -> Tensor:
         """sum_s w_s (q_t . k_s), (B, L, h, 1): as many channels of one head as heads share keys, which is faster than
         as many heads of one channel."""
-        heads = w.unflatten(2, (-1, self.groups)).mT  # (B, L, G, h / G)
+        heads = w.unflatten(2, (-1, self.groups)).transpose(-2, -1)  # (B, L, G, h / G)
         ones = torch.ones_like(w[..., : self.groups])
         y = nc_ssd(heads, ones, -ones[0, 0], k.to(w.dtype), q.to(w.dtype), impl=self.impl)
-        return y.mT.flatten(2).unsqueeze(3)
+        return y.transpose(-2, -1).flatten(2).unsqueeze(3)
 
     def _token_weights(self, dt: Tensor) -> Tensor:
         """(B, L, h) -> weights, in float32 at least."""
         d = F.softplus(at_least_float32(dt) + self.dt_bias) * at_least_float32(self.A_log).exp()
         if self.exp_da:
-            return d.mT.softmax(2).mT  # several times as fast along numbers that lie side by side
+            return (
+                d.transpose(-2, -1).softmax(2).transpose(-2, -1)
+            )  # several times as fast along numbers that lie side by side
         return d / (d.amax(1, keepdim=True) * d.shape[1])
 
     def _rotated(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -96,7 +96,11 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight.shape, eps=self.eps)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if torch.jit.is_tracing():  # ONNX files of traced graphs know no such operator
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        else:
+            x = F.rms_norm(x, self.weight.shape, eps=self.eps)
         return x.to(self.weight.dtype) * self.weight
 
     def extra_repr(self) -> str:

@@ -13,8 +13,8 @@ from ...selective_scan import selective_scan
 def composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, impl) -> Tensor:
     """(B, L, D); `impl` is handed on to `selective_scan`. Differentiable by it."""
     rank, n_state = dt_weight.shape[2], A.shape[1]
-    u = torch.cat([x_forward.mT, x_backward.mT.flip(2)], 1)  # (B, S*D, L)
-    there, back = proj.mT.chunk(2, dim=1)
+    u = torch.cat([x_forward.transpose(-2, -1), x_backward.transpose(-2, -1).flip(2)], 1)  # (B, S*D, L)
+    there, back = proj.transpose(-2, -1).chunk(2, dim=1)
     dt, B, C = torch.stack([there, back.flip(2)], 1).split([rank, n_state, n_state], dim=2)  # (B, S, *, L)
     with no_autocast(u.device.type):
         delta = dt_weight @ dt.to(dt_weight.dtype)  # (B, S, D, L), a sum: it stays in float32
@@ -31,7 +31,7 @@ def composition(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype
         impl=impl,
     )
     there, back = y.chunk(2, dim=1)
-    return (there + back.flip(2)).mT.to(out_dtype).contiguous()
+    return (there + back.flip(2)).transpose(-2, -1).to(out_dtype).contiguous()
 
 
 def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, _keep_states) -> tuple[Tensor, Tensor]:

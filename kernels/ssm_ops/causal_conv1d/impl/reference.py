@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._common import state_dtype
+from ..._common import plus_product, state_dtype
 
 
 def _shifted(x: Tensor, taps: int, reverse: bool) -> list[Tensor]:
@@ -26,7 +26,7 @@ def _convolve(views: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tenso
     weight = weight.to(views[0].dtype)
     y = views[0] * weight[:, :1]
     for k in range(1, len(views)):
-        y = torch.addcmul(y, views[k], weight[:, k : k + 1])
+        y = plus_product(y, views[k], weight[:, k : k + 1])
     return y if bias is None else y + bias[:, None]
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._common import state_dtype
+from ..._common import plus_product, state_dtype
 
 
 def _from_groups(x: Tensor) -> Tensor:
     """(B, G, L, E, *) -> (B, L, H, *)"""
-    return x.movedim(1, 3).flatten(2, 3)
+    return x.permute(0, 2, 3, 1, *range(4, x.dim())).flatten(2, 3)
 
 
 class _Inputs:
@@ -39,7 +39,7 @@ class _Inputs:
 
     def to_groups(self, x: Tensor) -> Tensor:
         """(B, L, H, *) -> (B, G, L, E, *)"""
-        return x.to(self.dtype).unflatten(2, (-1, self.groups)).movedim(3, 1).contiguous()
+        return x.to(self.dtype).unflatten(2, (-1, self.groups)).transpose(2, 3).transpose(1, 2).contiguous()
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         return (left.to(self.factor) @ right.to(self.factor)).to(self.dtype)
@@ -54,9 +54,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out (B, L, H, P), state (B, H, N, P))"""
     i = _Inputs(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, bfloat16_products)
-    state = i.product(i.B.mT, (i.weight.unsqueeze(-1) * i.x).flatten(3))
+    state = i.product(i.B.transpose(-2, -1), (i.weight.unsqueeze(-1) * i.x).flatten(3))
     y = i.split_heads(i.product(i.C, state))
-    y = y if D is None else torch.addcmul(y, i.D, i.x)
+    y = y if D is None else plus_product(y, i.D, i.x)
     per_head = state.unflatten(3, i.x.shape[3:]).permute(0, 3, 1, 2, 4).flatten(1, 2)
     return _from_groups(y).to(out_dtype).contiguous(), per_head.contiguous()
 
@@ -69,12 +69,12 @@ def backward(
     dy = i.to_groups(dout)
     state = state.unflatten(1, (-1, i.groups)).permute(0, 2, 3, 1, 4).flatten(3)  # (B, G, N, E * P)
 
-    d_state = i.product(i.C.mT, dy.flatten(3))
-    dC = i.product(dy.flatten(3), state.mT)
-    dB = i.product((i.weight.unsqueeze(-1) * i.x).flatten(3), d_state.mT)
+    d_state = i.product(i.C.transpose(-2, -1), dy.flatten(3))
+    dC = i.product(dy.flatten(3), state.transpose(-2, -1))
+    dB = i.product((i.weight.unsqueeze(-1) * i.x).flatten(3), d_state.transpose(-2, -1))
     d_weighted = i.split_heads(i.product(i.B, d_state))
     dx = i.weight.unsqueeze(-1) * d_weighted
-    dx = dx if D is None else torch.addcmul(dx, i.D, dy)
+    dx = dx if D is None else plus_product(dx, i.D, dy)
 
     d_weight = (d_weighted * i.x).sum(-1)
     d_rate = (d_weight * i.step).sum((0, 2)).t().flatten()  # (H,)

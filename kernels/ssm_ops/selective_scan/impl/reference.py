@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._common import state_dtype
+from ..._common import plus_product, state_dtype
 
 STATE_CHUNK = 256
 """Tokens of a chunk, between two saved states."""
@@ -43,12 +43,12 @@ def linear_recurrence(decay: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     h = list(x.unbind(1))
     for s, factor in enumerate(decay.exp().unbind(1)):
         if s > 0:
-            h[s] = torch.addcmul(h[s], factor, h[s - 1])
+            h[s] = plus_product(h[s], factor, h[s - 1])
 
     since_start = decay.cumsum(1).exp()  # decay from the segment's start to each token
     h = list(torch.stack(h, 1).unbind(0))
     for p, factor in enumerate(since_start.unbind(0)):
-        h[p] = torch.addcmul(h[p], factor, h0 if p == 0 else h[p - 1][-1])
+        h[p] = plus_product(h[p], factor, h0 if p == 0 else h[p - 1][-1])
     return torch.cat(h)[:length]
 
 
@@ -62,10 +62,10 @@ def _recurrence_by_doubling(factor: Tensor, x: Tensor, h0: Tensor) -> Tensor:
     factor, x = (F.pad(t, pad).unflatten(0, (-1, steps)) for t in (factor, x))  # (P, S, *)
     factor, h = _double(factor, x, 1)
     through, last = factor[:, -1], h[:, -1]
-    first = torch.addcmul(last[:1], through[:1], h0)
+    first = plus_product(last[:1], through[:1], h0)
     after = _double(through, torch.cat([first, last[1:]]), 0)[1]  # the state after each segment
     before = torch.cat([h0.unsqueeze(0), after[:-1]])
-    return torch.addcmul(h, factor, before.unsqueeze(1)).flatten(0, 1)[:length]
+    return plus_product(h, factor, before.unsqueeze(1)).flatten(0, 1)[:length]
 
 
 def _double(factor: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def _double(factor: Tensor, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     have gathered with what the 2^k before them have (Hillis & Steele 1986, "Data parallel algorithms")."""
     for k in range((x.shape[dim] - 1).bit_length()):
         later = (0, 0) * (x.dim() - 1 - dim) + (2**k, -(2**k))
-        x = torch.addcmul(x, factor, F.pad(x, later))
+        x = plus_product(x, factor, F.pad(x, later))
         factor = factor * F.pad(factor, later, value=1.0)
     return factor, x
 
@@ -124,7 +124,7 @@ class _Chunks:
     def output(self, h: Tensor, u: Tensor, C: Tensor) -> Tensor:
         """y before the gate: (T, B, G, 1, E)"""
         y = _sum_states(h * C)
-        return y if self.D is None else torch.addcmul(y, self.D, u)
+        return y if self.D is None else plus_product(y, self.D, u)
 
 
 def _sum_states(x: Tensor) -> Tensor:
@@ -189,9 +189,9 @@ def backward(dout, u, delta, A, B, C, D, z, delta_bias, states, delta_softplus) 
 
         d_decay = lam * (h - x)  # h - x = exp(decay) h_{t-1}
         lam_B = _sum_states(lam * Bt)
-        d_dt = torch.addcmul(_sum_states(d_decay * c.A), lam_B, ut)
+        d_dt = plus_product(_sum_states(d_decay * c.A), lam_B, ut)
         d_raw.append(torch.where(raw > 20, d_dt, d_dt * torch.sigmoid(raw)) if delta_softplus else d_dt)
-        du.append(dt * lam_B if D is None else torch.addcmul(dt * lam_B, dy, c.D))
+        du.append(dt * lam_B if D is None else plus_product(dt * lam_B, dy, c.D))
         dB.append((lam * (dt * ut)).sum(4, keepdim=True))
         dC.append((h * dy).sum(4, keepdim=True))
         dA = dA + (d_decay * dt).sum((0, 1))

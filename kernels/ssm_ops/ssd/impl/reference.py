@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._common import state_dtype
+from ..._common import plus_product, state_dtype
 
 
 def decays(a: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ def forward(
         weight, since_start = decays(a), a.cumsum(-1).exp().unsqueeze(-1)
         sx = step.unsqueeze(-1) * xt
 
-        y = (weight * (Bt @ Ct.mT)).mT @ sx + since_start * (Ct @ state.mT)
-        out.append(y if D is None else torch.addcmul(y, c.D, xt))
-        state = since_start[..., -1:, :] * state + (weight[..., -1:] * sx).mT @ Bt
+        y = (weight * (Bt @ Ct.transpose(-2, -1))).transpose(-2, -1) @ sx + since_start * (Ct @ state.transpose(-2, -1))
+        out.append(y if D is None else plus_product(y, c.D, xt))
+        state = since_start[..., -1:, :] * state + (weight[..., -1:] * sx).transpose(-2, -1) @ Bt
     states = torch.stack([*states, state]).flatten(2, 3)
     return _joined(out, out_dtype), states[-1].clone(), states
 
@@ -120,23 +120,23 @@ def backward(
         sx = step.unsqueeze(-1) * xt
 
         # of y within the chunk
-        weighted = weight * (Bt @ Ct.mT)
-        d_product = sx @ dy.mT  # (B, G, E, T, T), source j by target i
+        weighted = weight * (Bt @ Ct.transpose(-2, -1))
+        d_product = sx @ dy.transpose(-2, -1)  # (B, G, E, T, T), source j by target i
         d_scores = (d_product * weight).sum(2, keepdim=True)
         d_log = d_product * weighted
         # of the state after the chunk, and of y through the state before it
-        from_end, decayed_dy = Bt @ d_state.mT, since_start * dy
+        from_end, decayed_dy = Bt @ d_state.transpose(-2, -1), since_start * dy
         d_log[..., -1] += (from_end * to_end * sx).sum(-1)
-        d_since = (decayed_dy * (Ct @ state.mT)).sum(-1)
+        d_since = (decayed_dy * (Ct @ state.transpose(-2, -1))).sum(-1)
         d_since[..., -1] += (whole * d_state * state).sum((-1, -2))
         da = decays_adjoint(d_log) + d_since.flip(-1).cumsum(-1).flip(-1)
 
         d_sx = weighted @ dy + to_end * from_end
         dB.append(d_scores @ Ct + ((to_end * sx) @ d_state).sum(2, keepdim=True))
-        dC.append(d_scores.mT @ Bt + (decayed_dy @ state).sum(2, keepdim=True))
-        d_state = whole * d_state + decayed_dy.mT @ Ct
+        dC.append(d_scores.transpose(-2, -1) @ Bt + (decayed_dy @ state).sum(2, keepdim=True))
+        d_state = whole * d_state + decayed_dy.transpose(-2, -1) @ Ct
 
-        dx.append(step.unsqueeze(-1) * d_sx if D is None else torch.addcmul(step.unsqueeze(-1) * d_sx, c.D, dy))
+        dx.append(step.unsqueeze(-1) * d_sx if D is None else plus_product(step.unsqueeze(-1) * d_sx, c.D, dy))
         d_step = da * c.A + (d_sx * xt).sum(-1)
         d_raw.append(torch.where(raw > 20, d_step, d_step * torch.sigmoid(raw)) if dt_softplus else d_step)
         dA = dA + (da * step).sum((0, 3)).unsqueeze(-1)
