@@ -11,11 +11,13 @@ from pathlib import Path
 
 import cpu_models
 import models
+import roofline
 import run
 import runtimes
 import static_plot
 
 DRAWING = {"impl": run, "layout": models, "baseline": cpu_models, "runtime": runtimes, "predicted_us": static_plot}
+DRAWING |= {"share_of_products": roofline}
 """By the column that only its tables have."""
 
 

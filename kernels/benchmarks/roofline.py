@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from cpu_models import DTYPES, GROUPS, cpu_name
 from models import create, infer
-from output import write_csv
+from output import legend_beside, panels, write_csv, write_picture
 from timing import measure
 from torch import nn
 
@@ -96,6 +96,24 @@ def floors(name: str, batch: int, dtype: torch.dtype, turns: int) -> dict:
     return dict(zip(COLUMNS, (*values, *rounded), strict=True))
 
 
+def draw(rows: list[dict], table: Path) -> None:
+    """A panel per precision and batch: of every model's time the part of its products, and the rest."""
+    cells = list(dict.fromkeys((row["dtype"], row["batch"]) for row in rows))
+    figure, found = panels(len(cells), (12, 3 * len(cells)))
+    for axes, (dtype, batch) in zip(found, cells, strict=True):
+        mine = [row for row in rows if (row["dtype"], row["batch"]) == (dtype, batch)]
+        names, left = [row["model"] for row in mine], [0.0] * len(mine)
+        for label, column in (("linear maps", "linear_ms"), ("convolutions", "convolution_ms")):
+            shares = [100 * float(row[column]) / float(row["model_ms"]) for row in mine]
+            axes.barh(names, shares, left=left, label=label)
+            left = [one + other for one, other in zip(left, shares, strict=True)]
+        axes.barh(names, [max(100 - share, 0) for share in left], left=left, color="lightgrey", label="the rest")
+        axes.set(title=f"{mine[0]['cpu']}, {dtype}, batch {batch}", xlabel="% of the time of the model", xlim=(0, 100))
+        axes.invert_yaxis()
+        legend_beside(axes)
+    write_picture(figure, table)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(0)
@@ -109,7 +127,8 @@ def main(argv: list[str] | None = None) -> None:
             f"bytes {row['bytes_ms']}; products are {100 * float(row['share_of_products']):.0f} %",
             flush=True,
         )
-    print(f"wrote {args.out}")
+    draw(rows, args.out)
+    print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

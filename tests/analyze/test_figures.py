@@ -106,7 +106,19 @@ def test_a_legend_over_a_curve_is_found():
 @pytest.fixture(scope="module")
 def redraw():
     """kernels/benchmarks/redraw.py, which finds the scripts that lie beside it."""
-    names = ("redraw", "run", "models", "cpu_models", "runtimes", "static_plot", "cases", "output", "timing", "sass")
+    names = (
+        "redraw",
+        "run",
+        "models",
+        "cpu_models",
+        "roofline",
+        "runtimes",
+        "static_plot",
+        "cases",
+        "output",
+        "timing",
+        "sass",
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         for name in names:

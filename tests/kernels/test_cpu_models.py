@@ -131,3 +131,29 @@ def test_floors_count_every_product_of_a_model(script, name, monkeypatch):
     assert float(row["share_of_products"]) == pytest.approx((len(linear) + len(convolutions)) / 1000, abs=6e-4)
     numbers = sum(linear) + sum(convolutions) + sum(p.numel() for p in model.parameters())
     assert float(row["bytes_ms"]) == pytest.approx(1e3 * 4 * numbers / (2 << 20), rel=1e-6)
+
+
+def test_readme_prints_the_floors():
+    """Shares of linear maps and convolutions, rounded to whole percents."""
+    readme, rows = (
+        (FOLDER.parent / "README.md").read_text(),
+        rows_of(TABLE.parents[1] / "cpu-2-cores-avx2/roofline.csv"),
+    )
+    assert max(float(row["bytes_ms"]) / float(row["model_ms"]) for row in rows) < 0.1
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = sorted((row for row in rows if row["model"] == model), key=lambda row: int(row["batch"]))
+        linear, convolutions = (
+            [100 * float(row[f"{kind}_ms"]) / float(row["model_ms"]) for row in mine]
+            for kind in ("linear", "convolution")
+        )
+        cells = " | ".join(f"{a:.0f} + {b:.0f} %" for a, b in zip(linear, convolutions, strict=True))
+        assert f"`{model}` | {cells} |" in readme, model
+
+
+def test_readme_prints_the_ratios_without_avx512():
+    readme = (FOLDER.parent / "README.md").read_text()
+    rows = rows_of(TABLE.parents[1] / "cpu-2-cores-avx2/cpu-models.csv")
+    found = {(row["model"], row["batch"]): f"{float(row['ratio']):.2f}" for row in rows if row["way"] == "prepared"}
+    said = re.search(r"with AVX2 alone \(`results/cpu-2-cores-avx2/`\), the same ratios.*?\n\n", readme, re.DOTALL)[0]
+    models = ("vmamba_tiny_s1l8", "vssd_tiny", "vim_tiny_patch16_224", "convnext_tiny")
+    assert re.findall(r"0\.\d\d|1\.\d\d", said) == [found[model, batch] for model in models for batch in ("1", "8")]
