@@ -52,6 +52,8 @@ BLOCK = 16
 """Channels side by side."""
 CPU_CHUNK = 64
 """Tokens between two saved states."""
+TILE_TOKENS = 64
+"""Of a tile of non-causal SSD, at most."""
 MAX_MAPS = 4
 """Of an image scan."""
 
@@ -239,7 +241,8 @@ _CPU_STRUCTURES = (
 )
 
 AGREED = {
-    "cpu": {"VERSION": CPU_VERSION, "BLOCK": BLOCK, "CHUNK": CPU_CHUNK, "MAX_MAPS": MAX_MAPS}
+    "cpu": {"VERSION": CPU_VERSION, "BLOCK": BLOCK, "CHUNK": CPU_CHUNK, "TILE_TOKENS": TILE_TOKENS}
+    | {"MAX_MAPS": MAX_MAPS}
     | _SHARED
     | {structure.__name__: ctypes.sizeof(structure) for structure in _CPU_STRUCTURES},
     "cuda": {"VERSION": CUDA_VERSION, "RUN": RUN, "CHUNK": CUDA_CHUNK, "SUMS": SUMS, "SHARED_BYTES": SHARED_BYTES}

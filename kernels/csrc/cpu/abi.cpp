@@ -8,6 +8,7 @@ extern "C" SSM_EXPORT const Agreement* ssm_ops_abi() {
         {"VERSION", VERSION},
         {"BLOCK", BLOCK},
         {"CHUNK", CHUNK},
+        {"TILE_TOKENS", TILE_TOKENS},
         {"MAX_STATE", MAX_STATE},
         {"MAX_MAPS", MAX_MAPS},
         {"FLOAT32", FLOAT32},

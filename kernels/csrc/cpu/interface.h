@@ -10,6 +10,7 @@
 constexpr int VERSION = 3;
 constexpr int BLOCK = 16;       // channels side by side
 constexpr int CHUNK = 64;       // tokens between two saved states
+constexpr int TILE_TOKENS = 64;  // of a tile of non-causal SSD, at most
 constexpr int MAX_STATE = 256;  // N
 constexpr int MAX_MAPS = 4;     // of an image scan
 
@@ -104,7 +105,7 @@ struct NcSsdArguments {
     Buffer<const float> A, D, bias;           // (H), (H, P) or absent, (H) or absent
     Buffer<float> sums, turned;               // (parts, B, H, N, P'), (2, B, H, P', N'): P, N up to multiples of BLOCK
     Buffer<const float> state;                // (B, H, N, P')
-    Buffer<void> out, dx, dB, dC;             // (B, L, H, P) twice, (B, L, G, N) twice, each of its own dtype
+    Buffer<void> out, dx, dB, dC;             // (B, L, H, P) twice, (B, L, G, N) twice; out and dy have dtypes of their own
     Buffer<float> ddt, dA, dD;                // (B, L, H), (B, tiles, H), (B, tiles, H, P): the caller adds the tiles
     int64_t batch, length, heads, channels, groups, state_size, parts, tiles;
     int32_t softplus, positive, threads;

@@ -20,8 +20,6 @@
 
 #include "interface.h"
 
-constexpr int64_t TILE_TOKENS = 64;
-
 #define SSM_KERNELS "nc_ssd_kernels.h"
 #include "for_each_target.h"
 
@@ -29,14 +27,9 @@ static int64_t padded(int64_t count) { return (count + BLOCK - 1) / BLOCK * BLOC
 
 static bool is_floating(int64_t dtype) { return dtype == FLOAT32 || dtype == FLOAT16 || dtype == BFLOAT16; }
 
-static void check_rows(Check& c, const char* name, const Rows& r, const int64_t (&shape)[4]) {
-    c.that(is_floating(r.dtype), "%s holds %s", name, name_of(r.dtype));
+static void check_rows(Check& c, const char* name, const Rows& r, int64_t dtype, const int64_t (&shape)[4]) {
+    c.dtype(name, r.dtype, dtype);
     c.shape(name, r.size, shape);
-}
-
-static void check_result(Check& c, const char* name, const Buffer<void>& b, int64_t count) {
-    c.that(is_floating(b.dtype), "%s holds %s", name, name_of(b.dtype));
-    c.that(b.count == count, "%s holds %lld numbers, not %lld", name, (long long)b.count, (long long)count);
 }
 
 // What both directions read, and their state.
@@ -47,9 +40,10 @@ static Check check(const NcSsdArguments& a) {
     c.that(a.tiles >= 1 && a.length <= a.tiles * TILE_TOKENS && a.parts >= 1 && a.parts <= a.tiles && a.threads >= 1,
            "there are %lld tiles and %lld parts of %lld tokens, and %d threads", (long long)a.tiles, (long long)a.parts,
            (long long)a.length, a.threads);
-    check_rows(c, "x", a.x, {a.batch, a.length, a.heads, a.channels});
-    check_rows(c, "B", a.B, {a.batch, a.length, a.groups, a.state_size});
-    check_rows(c, "C", a.C, {a.batch, a.length, a.groups, a.state_size});
+    c.that(is_floating(a.x.dtype), "x holds %s", name_of(a.x.dtype));
+    check_rows(c, "x", a.x, a.x.dtype, {a.batch, a.length, a.heads, a.channels});
+    check_rows(c, "B", a.B, a.x.dtype, {a.batch, a.length, a.groups, a.state_size});
+    check_rows(c, "C", a.C, a.x.dtype, {a.batch, a.length, a.groups, a.state_size});
     check_map(c, "dt", a.dt, a.batch, a.heads, a.length);
     c.buffer("A", a.A, FLOAT32, a.heads);
     c.optional("D", a.D, FLOAT32, a.heads * a.channels);
@@ -81,7 +75,8 @@ extern "C" {
 SSM_EXPORT const char* nc_ssd_forward(const NcSsdArguments* arguments) {
     const NcSsdArguments& a = *arguments;
     Check c = check(a);
-    check_result(c, "out", a.out, a.batch * a.length * a.heads * a.channels);
+    c.that(is_floating(a.out.dtype), "out holds %s", name_of(a.out.dtype));
+    c.buffer("out", a.out, a.out.dtype, a.batch * a.length * a.heads * a.channels);
     if (c.problem()) return c.problem();
     const int64_t all = a.batch * a.heads;
     const bool done = each(a, a.parts * all, SSM_BEST(state_part)) && each(a, all, SSM_BEST(add_parts)) &&
@@ -93,13 +88,14 @@ SSM_EXPORT const char* nc_ssd_backward(const NcSsdArguments* arguments) {
     const NcSsdArguments& a = *arguments;
     const int64_t numbers = a.batch * a.length * a.heads * a.channels;
     Check c = check(a);
-    check_rows(c, "dout", a.dy, {a.batch, a.length, a.heads, a.channels});
+    c.that(is_floating(a.dy.dtype), "dout holds %s", name_of(a.dy.dtype));
+    check_rows(c, "dout", a.dy, a.dy.dtype, {a.batch, a.length, a.heads, a.channels});
     const int64_t padded_states = a.batch * a.heads * padded(a.channels);
     c.buffer("state", a.state, FLOAT32, padded_states * a.state_size);
     c.buffer("turned", a.turned, FLOAT32, 2 * padded_states * padded(a.state_size));
-    check_result(c, "dx", a.dx, numbers);
-    check_result(c, "dB", a.dB, a.batch * a.length * a.groups * a.state_size);
-    check_result(c, "dC", a.dC, a.batch * a.length * a.groups * a.state_size);
+    c.buffer("dx", a.dx, a.x.dtype, numbers);
+    c.buffer("dB", a.dB, a.x.dtype, a.batch * a.length * a.groups * a.state_size);
+    c.buffer("dC", a.dC, a.x.dtype, a.batch * a.length * a.groups * a.state_size);
     c.buffer("ddt", a.ddt, FLOAT32, a.batch * a.length * a.heads);
     c.buffer("dA", a.dA, FLOAT32, a.batch * a.tiles * a.heads);
     if (a.D) c.buffer("dD", a.dD, FLOAT32, a.batch * a.tiles * a.heads * a.channels);

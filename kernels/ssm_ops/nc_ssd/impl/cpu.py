@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._interface import BLOCK, Buffer, Map, NcSsdArguments, Rows
+from ..._interface import BLOCK, TILE_TOKENS, Buffer, Map, NcSsdArguments, Rows
 from ..._native import call
 
-TILE_TOKENS = 64
 # parts of tokens that may sum the state side by side; fixed, so that results do not depend on the threads
 _MIN_TASKS = 16
 _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,6 +16,10 @@ _NATIVE = (torch.float32, torch.float16, torch.bfloat16)
 
 def _padded(count: int) -> int:
     return -(-count // BLOCK) * BLOCK
+
+
+def _tiles(length: int) -> int:
+    return max(-(-length // TILE_TOKENS), 1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ def _arguments(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, **buffers: Ten
     A, dt_bias = (None if t is None else t.float().contiguous() for t in (A, dt_bias))
     if D is not None:
         D = D.float().reshape(heads, -1).expand(heads, channels).contiguous()
-    tiles = max(-(-length // TILE_TOKENS), 1)
+    tiles = _tiles(length)
     parts = min(tiles, max(-(-_MIN_TASKS // max(batch * heads, 1)), 1))
     sums = x.new_empty((parts, batch, heads, n_state, _padded(channels)), dtype=torch.float32)
     a = NcSsdArguments(x=Rows.of(x), B=Rows.of(B), C=Rows.of(C), dt=Map.of(dt, heads))
@@ -59,10 +62,9 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """As `reference.backward`."""
     dout = _rows(dout if dout.dtype in _NATIVE else dout.float())
-    tiles = max(-(-x.shape[1] // TILE_TOKENS), 1)
     dx, dB, dC = (t.new_empty(t.shape, dtype=t.dtype) for t in (x, B, C))
     ddt = x.new_empty(dt.shape, dtype=torch.float32)
-    dA = x.new_empty((x.shape[0], tiles, x.shape[2]), dtype=torch.float32)
+    dA = x.new_empty((x.shape[0], _tiles(x.shape[1]), x.shape[2]), dtype=torch.float32)
     dD = x.new_empty(0) if D is None else x.new_empty((*dA.shape, x.shape[3]), dtype=torch.float32)
     wide, n_state = _padded(x.shape[3]), B.shape[3]
     state = F.pad(state, (0, wide - x.shape[3])).contiguous()
