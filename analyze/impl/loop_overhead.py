@@ -22,6 +22,7 @@ from ssm_train.config.load import load_config
 from ssm_train.data.dataset import Batch
 from ssm_train.data.samplers import Key
 from ssm_train.record.logger import RunLog
+from ssm_train.run_folder import RunFolder
 from ssm_train.settle import with_own_classes
 from ssm_train.start import prepare
 from ssm_train.step.engine import Training
@@ -73,7 +74,7 @@ def measure(cfg: CN, device: torch.device, updates: int, repeats: int, folder: P
     loader = InMemory(Batch(images, targets, [], [Key(0, index) for index in range(len(images))]), updates)
     bare, loop = [], []
     with RunLog(active=False) as log:
-        trainer = Trainer(cfg, world, log, folder, run, loader, loader, loader, loader, StopRequest())
+        trainer = Trainer(cfg, world, log, RunFolder(folder, 1, {}), run, loader, loader, loader, loader, StopRequest())
         for _ in progress(range(repeats + 1), "pairs of measurements"):
             bare.append(timed(lambda: _bare_steps(run, images, targets, updates), device) / updates)
             loop.append(timed(lambda: _loop(trainer), device) / updates)

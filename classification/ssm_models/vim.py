@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, create_classifier, to_2tuple, trunc_normal_
+from timm.layers import DropPath, create_classifier, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
@@ -24,16 +24,13 @@ from torch import Tensor
 from .layers.autodiff import recomputed
 from .layers.bimamba import BiMamba
 from .layers.norm import RMSNorm, add_normed
-from .layers.patch_embed import PatchEmbed
-from .layers.pos_embed import class_token_rows, insert_rows, resize_pos_embed, split_rows
-from .layers.rope import GridRope
-from .layers.timm_model import POOLS, TimmModel, convert_incoming, init_linear
+from .layers.timm_model import POOLS, convert_incoming, init_linear
 from .layers.vim_grid import bring_to_grid
+from .layers.vim_tokens import TokenModel, at_rest
 from .pretrained import build_model, pretrained_cfgs
 
 __all__ = ["VisionMamba"]
 
-CLS_MODES = ("middle", "head", "tail", "double", "random")
 POOL_TYPES = ("none", "mean", "max", "all")
 # timm's names for the same
 _TIMM_POOLS = {"mean": "avg", "all": ""}
@@ -75,7 +72,7 @@ class VimBlock(nn.Module):
         return self.mixer(tokens), residual
 
 
-class VisionMamba(TimmModel):
+class VisionMamba(TokenModel):
     """Vim.
 
     Args:
@@ -147,38 +144,33 @@ class VisionMamba(TimmModel):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         if if_bidirectional and depth % 2:
             raise ValueError(f"depth={depth} must be even with if_bidirectional, which runs blocks in pairs")
         if cls_mode is None:
             cls_mode = "double" if use_double_cls_token else "middle" if use_middle_cls_token else "head"
-        if cls_mode not in CLS_MODES:
-            raise ValueError(f"cls_mode={cls_mode!r} is not one of {', '.join(CLS_MODES)}")
-        # of files with one class token, which a backbone drops but must find in their position embedding
-        self.published_mode = cls_mode if cls_mode in ("head", "tail") else "middle"
-        self.cls_mode = cls_mode if if_cls_token else "none"
-        self.in_chans = in_chans
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            stride=stride,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            cls_mode=cls_mode,
+            if_cls_token=if_cls_token,
+            if_abs_pos_embed=if_abs_pos_embed,
+            drop_rate=drop_rate,
+            if_rope=if_rope,
+            pt_hw_seq_len=pt_hw_seq_len,
+            flip_img_sequences_ratio=flip_img_sequences_ratio,
+            **dd,
+        )
         self.num_features = self.embed_dim = embed_dim
         self.depth = depth
         self.if_bidirectional = if_bidirectional
-        self.flip_ratio = flip_img_sequences_ratio
         self.rope_residual = if_rope_residual
         pool = self._known_pool(final_pool_type)
         if if_cls_token or global_pool is not None:
             pool = self._known_pool("token" if global_pool is None else global_pool)
-
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, stride, **dd)
-        self.grid = self._grid_of(*to_2tuple(img_size))
-        patches = math.prod(self.grid)
-        rows = class_token_rows(self._resting_mode(), patches)
-        names = ("cls_token_head", "cls_token_tail") if self.cls_mode == "double" else ("cls_token",) * len(rows)
-        for name in names:
-            setattr(self, name, nn.Parameter(torch.empty(1, 1, embed_dim, **dd)))
-        positions = nn.Parameter(torch.empty(1, patches + len(rows), embed_dim, **dd)) if if_abs_pos_embed else None
-        self.pos_embed = positions
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.rope = GridRope(embed_dim, self.grid, pt_hw_seq_len, **dd) if if_rope else None
         self._set_classifier(num_classes, pool, **dd)
 
         def norm() -> nn.Module:
@@ -212,13 +204,6 @@ class VisionMamba(TimmModel):
         self.set_grad_checkpointing(use_checkpoint)
         self.register_load_state_dict_pre_hook(convert_incoming)
 
-    def reset_parameters(self) -> None:
-        """The class tokens and the position embedding."""
-        for token in self.class_tokens():
-            trunc_normal_(token, std=0.02)
-        if self.pos_embed is not None:
-            trunc_normal_(self.pos_embed, std=0.02)
-
     def _init_layers(self) -> None:
         for part in self.children():
             init_linear(part)  # the classifier, which a backbone has not
@@ -226,50 +211,7 @@ class VisionMamba(TimmModel):
             with torch.no_grad():
                 block.mixer.out_proj.weight /= math.sqrt(self.depth)  # GPT-2's, for one addition per block
 
-    # ---- class tokens ----
-
-    def _resting_mode(self) -> str:
-        """Where the class tokens are outside of training, and in everything that is stored."""
-        return "middle" if self.cls_mode == "random" else self.cls_mode
-
-    def class_tokens(self) -> list[Tensor]:
-        """(1, 1, C) each, in the order of the sequence."""
-        names = {"none": (), "double": ("cls_token_head", "cls_token_tail")}.get(self.cls_mode, ("cls_token",))
-        return [getattr(self, name) for name in names]
-
-    def _grid_of(self, height: int, width: int) -> tuple[int, int]:
-        grid = self.patch_embed.grid(height, width)
-        if min(grid) < 1:
-            patch = self.patch_embed.patch_size
-            raise ValueError(f"an image of {height}x{width} pixels is smaller than a patch of {patch}x{patch}")
-        return grid
-
     # ---- forward ----
-
-    def forward_stem(self, x: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-        """(B, in_chans, H, W) -> tokens (B, L, C), their order (L) or None for the resting one, grid of the patches."""
-        self.check_images(x)
-        grid = self._grid_of(*x.shape[2:])
-        x = self.patch_embed(x)
-        rows = class_token_rows(self._resting_mode(), x.shape[1])
-        x = insert_rows(x, [token.expand(x.shape[0], -1, -1).to(x.dtype) for token in self.class_tokens()], rows)
-        order = None
-        if self.cls_mode == "random" and self.training:
-            order = _anywhere(x.shape[1], x.device)
-            x = x[:, order]
-        if self.pos_embed is not None:
-            pos_embed = self.pos_embed
-            if grid != self.grid:
-                old_rows = class_token_rows(self._resting_mode(), math.prod(self.grid))
-                pos_embed = resize_pos_embed(pos_embed, self.grid, grid, old_rows, rows)
-            x = x + pos_embed
-        x = self.pos_drop(x)
-        if self.flip_ratio > 0 and (self.training or self.flip_ratio >= 1):
-            straight = torch.arange(x.shape[1], device=x.device) if order is None else order
-            flip = torch.rand(1, device=x.device, dtype=torch.float32) < self.flip_ratio
-            order = torch.where(flip, straight.flip(0), straight)
-            x = torch.where(flip, x.flip(1), x)
-        return x, order, grid
 
     def forward_blocks(
         self,
@@ -297,21 +239,8 @@ class VisionMamba(TimmModel):
             if self.if_bidirectional:
                 back = self.layers[i + 1](*(None if t is None else t.flip(1) for t in before))
                 hidden, residual = hidden + back[0].flip(1), residual + back[1].flip(1)
-            taps += [(_at_rest(hidden, order), _at_rest(residual, order)) for j in range(i, i + step) if j in wanted]
-        return _at_rest(hidden, order), _at_rest(residual, order), taps
-
-    def _rotate(self, x: Tensor, order: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Rotary positions of the patches, given in any order.
-
-        With a class token in the middle the published models leave the first token out instead of the class token, and
-        with it rotate patches of the first half by the place of their neighbour.
-        """
-        x = _at_rest(x, order)
-        head = 1 if self.cls_mode in ("head", "middle", "random", "double") else 0
-        tail = 1 if self.cls_mode in ("tail", "double") else 0
-        end = x.shape[1] - tail
-        x = torch.cat([x[:, :head], self.rope(x[:, head:end], grid), x[:, end:]], 1)
-        return x if order is None else x[:, order]
+            taps += [(at_rest(hidden, order), at_rest(residual, order)) for j in range(i, i + step) if j in wanted]
+        return at_rest(hidden, order), at_rest(residual, order), taps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> normed tokens (B, L, C), class tokens included."""
@@ -386,11 +315,6 @@ class VisionMamba(TimmModel):
             return intermediates
         return self._final_norm(residual + self.drop_path(hidden)), intermediates
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, C) -> patches (B, h*w, C) and class tokens (B, number, C)"""
-        patches, tokens = split_rows(x, class_token_rows(self._resting_mode(), x.shape[1] - len(self.class_tokens())))
-        return patches, torch.cat([x[:, :0], *tokens], 1)
-
     def _stream(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """The residual stream behind a block in the dtype of the weights, as the norms give it."""
         return (residual + hidden).to(self.layers[0].norm.weight.dtype)
@@ -455,18 +379,6 @@ class VisionMamba(TimmModel):
         if prune_head:
             self.reset_classifier(0, "")
         return wanted
-
-
-def _anywhere(length: int, device: torch.device) -> Tensor:
-    """Where each of `length` places takes its token from when the class token goes from the middle to anywhere."""
-    place, at = torch.arange(length, device=device), torch.randint(length, (1,), device=device)
-    middle = (length - 1) // 2
-    patch = place - (place > at).long()
-    return torch.where(place == at, middle, patch + (patch >= middle).long())
-
-
-def _at_rest(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x[:, order.argsort()]
 
 
 # ---- checkpoints ----

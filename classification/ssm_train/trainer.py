@@ -1,11 +1,11 @@
-"""A training run: the loop over epochs and updates, what is saved and when, and how it goes on after a stop."""
+"""A training run: the loop over epochs and updates, when it saves, and how it goes on after a stop."""
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,16 +15,14 @@ from yacs.config import CfgNode as CN
 from ssm_train.answering import Answers, write_answers
 from ssm_train.common.distributed import World
 from ssm_train.common.errors import UserError
-from ssm_train.common.fileio import FolderLock, folder_lock, to_json, write_atomic
+from ssm_train.common.fileio import to_json, write_atomic
 from ssm_train.common.machine import peak_memory_mb, versions
 from ssm_train.common.preemption import Preempted, StopRequest
 from ssm_train.common.seeding import seed_step
-from ssm_train.continuation import refuse_existing_run, set_aside
 from ssm_train.data.build import check_same_classes, close_workers, eval_loader, scan_split, train_loader
 from ssm_train.data.dataset import BadImages, Batch
 from ssm_train.data.prefetch import DeviceBatches
-from ssm_train.data.sources import ImageSource, PhotoSource
-from ssm_train.data.sources.photos import write_split
+from ssm_train.data.sources import ImageSource
 from ssm_train.next_steps import next_commands
 from ssm_train.record.answers import TRAINED, summary_line
 from ssm_train.record.checkpoint import Checkpoint, Position, read_checkpoint
@@ -39,10 +37,9 @@ from ssm_train.record.results import (
     origin,
     summary,
     training_metrics,
-    with_origin,
     write_metrics,
 )
-from ssm_train.record.store import CheckpointStore
+from ssm_train.run_folder import RunFolder
 from ssm_train.same_run import check_ranks, check_resumed, fingerprint
 from ssm_train.settle import as_before, asked_batch, with_classes, with_epochs, with_machine
 from ssm_train.start import Beginning, images_per_update, place, prepare, same_updates, weights_record
@@ -52,16 +49,16 @@ from ssm_train.step.losses import mesa_starts
 from ssm_train.step.meter import Meter
 from ssm_train.step.model import set_train_mode
 from ssm_train.step.parallel import exchange, load_whole
-from ssm_train.step.state import collect, first_nonfinite, restore
+from ssm_train.step.state import collect, restore
 
 _log = logging.getLogger(__name__)
 
 
-def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning) -> None:
+def train(cfg: CN, world: World, log: RunLog, path: Path, beginning: Beginning) -> None:
     """Train to the last epoch, validating and saving after each, and write metrics.json into the run folder.
 
-    The run folder is created when data, model and weights have been found to be good. Raises Preempted when it saved
-    and stopped because a signal asked for it.
+    The run folder `path` is created when data, model and weights have been found to be good. Raises Preempted when it
+    saved and stopped because a signal asked for it.
     """
     checkpoint, asked = beginning.checkpoint, asked_batch(cfg)
     before = as_before(cfg, checkpoint)
@@ -83,12 +80,21 @@ def train(cfg: CN, world: World, log: RunLog, folder: Path, beginning: Beginning
     updates_per_epoch = loader.batch_sampler.updates_per_epoch
     run = prepare(cfg, world, updates_per_epoch, checkpoint, beginning.pretrained)
     val_loader = eval_loader(cfg, val_source, world)
+    facts = {
+        "processes": world.size,
+        "asked_batch": asked,
+        "images_per_update": images_per_update(cfg, world),
+        "data": data,
+        "classes": {name: label for label, name in enumerate(source.classes)},
+        "config": cfg.dump(),
+        **origin(beginning.command, world.on_main(lambda: weights_record(run, checkpoint))),
+        "versions": versions(),
+    }
+    folder = RunFolder(path, cfg.TRAIN.KEEP_CHECKPOINTS, facts)
     stop = StopRequest()
     with stop.listening(), contextlib.ExitStack() as stack:
         stack.callback(close_workers, loader, val_loader)
         trainer = Trainer(cfg, world, log, folder, run, source, val_source, loader, val_loader, stop)
-        trainer.asked_batch, trainer.data, trainer.command = asked, data, beginning.command
-        trainer.pretrained = world.on_main(lambda: weights_record(run, checkpoint))
         trainer.open(checkpoint, beginning.fresh, stack)
         stack.enter_context(trainer.progress)
         trainer.train()
@@ -102,7 +108,7 @@ class Trainer:
         cfg: CN,
         world: World,
         log: RunLog,
-        folder: Path,
+        folder: RunFolder,
         run: Training,
         source: ImageSource,
         val_source: ImageSource,
@@ -115,7 +121,6 @@ class Trainer:
         self.updates_per_epoch = loader.batch_sampler.updates_per_epoch
         self.memory_format = torch.channels_last if cfg.CHANNELS_LAST else torch.contiguous_format
         self.batches = DeviceBatches(loader, world.device, self.memory_format)
-        self.store = CheckpointStore(folder / "checkpoints", cfg.TRAIN.KEEP_CHECKPOINTS)
         self.results = Results()
         self.guard = Guard(cfg.TRAIN.MAX_NONFINITE, cfg.TRAIN.MAX_ROLLBACKS)
         self.bad = BadImages(world, len(source), cfg.DATA.MAX_BAD_SHARE)
@@ -124,15 +129,10 @@ class Trainer:
         self.recorded = 0  # updates up to which the logs of an earlier process are continued
         self.mesa_from = mesa_starts(cfg) if cfg.TRAIN.MESA else cfg.TRAIN.EPOCHS
         self.position = Position(0)
-        self.asked_batch = asked_batch(cfg)
-        self.data: dict[str, dict] | None = None  # fingerprints by split
-        self.command = ""
-        self.pretrained: dict | None = None  # the weights it started from
-        self.lock: FolderLock | None = None  # of the run folder, on rank 0
 
     def open(self, checkpoint: Checkpoint | None, fresh: bool, stack: contextlib.ExitStack) -> None:
-        """Lock the run folder, make its checkpoints agree with the results, start its logs, take up the position. What
-        is in the folder is set aside first, if `fresh`."""
+        """Take up the position and open the run folder until `stack` ends, see `RunFolder.open`; then start the logs in
+        it."""
         per_update = images_per_update(self.cfg, self.world)
         self.position = self.world.together(lambda: place(checkpoint, self.updates_per_epoch, per_update))
         if checkpoint is not None:
@@ -145,57 +145,24 @@ class Trainer:
             self.recorded = checkpoint.meta["updates"]
             if checkpoint.meta["images_per_update"] != per_update:
                 _log.warning("images per update were %d, now %d", checkpoint.meta["images_per_update"], per_update)
-        self.world.on_main(lambda: self._open_folder(checkpoint, fresh, stack))
+        splits = {"train": self.source, "val": self.val_source}
+        self.world.on_main(lambda: self.folder.open(checkpoint, self.results, fresh, stack))
+        self.world.on_main(lambda: self.folder.write_config(splits, self.cfg.DATA.DATA_PATH))
         if checkpoint is None:
             # before the logs: from then on there is a checkpoint to go back to, at every moment
             self._save()
         self.world.on_main(self._open_logs)
         if checkpoint is None:
-            whence = origin(self.command, self.pretrained)
-            self._event("started", **{name: str(value) for name, value in whence.items()})
+            self._event("started", **{name: str(value) for name, value in self._origin().items()})
         else:
             _log.info("resumed after %s from %s", self.position, checkpoint.folder)
-            self._event("resumed", epoch=self.position.epoch, slot=self.position.update, command=self.command)
-
-    def _open_folder(self, checkpoint: Checkpoint | None, fresh: bool, stack: contextlib.ExitStack) -> None:
-        if fresh:
-            set_aside(self.folder)
-        try:
-            self.lock = stack.enter_context(folder_lock(self.folder))
-        except OSError as error:
-            raise self._unwritable(error) from error
-        if checkpoint is None:
-            # again, now that nobody else can begin a run here
-            refuse_existing_run(self.folder)
-            self.store.clean()
-        else:
-            self._open_checkpoints(checkpoint)
-        try:
-            write_atomic(self.folder / "config.yaml", with_origin(self.cfg.dump(), self.command, self.pretrained))
-            if isinstance(self.source, PhotoSource):
-                write_split(self.folder, {"train": self.source, "val": self.val_source}, self.cfg.DATA.DATA_PATH)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _open_checkpoints(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.folder.parent != self.store.folder.resolve():
-            self.store.clean()
-            self.store.adopt(checkpoint)
-        self.store.open(checkpoint)
-        self.results.forget_missing({position.epoch for position in self.store.positions() if not position.update})
-        # a process killed after saving and before linking left the older links
-        # by its own position: with another batch, the run's may be no checkpoint's
-        self.store.link({**self._links(), "last": checkpoint.position})
+            command = self.folder.facts["command"]
+            self._event("resumed", epoch=self.position.epoch, slot=self.position.update, command=command)
 
     def _open_logs(self) -> None:
-        try:
-            self.log.open_text(self.folder)
-            self.log.open_series(self.folder, self.recorded)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"cannot write to run folder {self.folder} ({error.strerror}): choose another --output")
+        with self.folder.writing():
+            self.log.open_text(self.folder.path)
+            self.log.open_series(self.folder.path, self.recorded)
 
     def train(self) -> None:
         """From the position to the end of the last epoch; then metrics.json."""
@@ -220,7 +187,7 @@ class Trainer:
                 "skipped_updates": self.guard.skipped,
                 "rollbacks": self.guard.rollbacks,
                 "bad_images": self.bad.count,
-                **origin(self.command, self.pretrained),
+                **self._origin(),
                 **description(self.cfg, self.world, self.run.network, self.run.amp),
             },
         )
@@ -233,22 +200,22 @@ class Trainer:
             metrics["epoch"],
             path,
         )
-        for what, line in next_commands(self.folder, self.val_source):
+        for what, line in next_commands(self.folder.path, self.val_source):
             _log.info("%s: %s", what, line)
 
     def _write_results(self, metrics: dict) -> Path:
         bad = self.bad.state()
         if bad:
-            write_atomic(self.folder / "bad_images.json", to_json(bad, indent=1, sort_keys=True) + "\n")
+            write_atomic(self.folder.path / "bad_images.json", to_json(bad, indent=1, sort_keys=True) + "\n")
             _log.warning("%d unreadable training images were replaced; bad_images.json lists them", len(bad))
-        write_metrics(self.folder, metrics)
-        return write_report(self.folder)
+        write_metrics(self.folder.path, metrics)
+        return write_report(self.folder.path)
 
     def _answer(self) -> None:
         """Write down what the best weights say of every validation image. Raises Interrupted."""
         bests = self.results.bests()
         weights = better_weights(bests)
-        place = self.store.folder / Position(int(bests[weights]["epoch"])).name
+        place = self.folder.checkpoint(Position(int(bests[weights]["epoch"])))
         try:
             checkpoint = self.world.on_main(lambda: read_checkpoint(place))
             tensors = self.world.together(lambda: checkpoint.weights(f"{weights}.safetensors", self.run.network))
@@ -264,7 +231,7 @@ class Trainer:
 
         self._validate({"model": self.run.network}, watch)
         found = answers.of_all(self.world)
-        self.world.on_main(lambda: write_answers(self.folder, TRAINED, self.val_source, found))
+        self.world.on_main(lambda: write_answers(self.folder.path, TRAINED, self.val_source, found))
         _log.info("recognised worst: %s", summary_line(found, self.val_source.classes))
 
     def train_epoch(self) -> None:
@@ -353,7 +320,7 @@ class Trainer:
         ]
         name = f"{self.position.name}_rank{self.world.rank}"
         where = {"epoch": epoch, "slot": slot, "updates": self.run.updates, "grad_norm": update.norm}
-        write_dump(self.folder, name, where, steps)
+        write_dump(self.folder.path, name, where, steps)
         self._event("skipped", epoch=epoch, slot=slot, grad_norm=str(update.norm))
         _log.warning(
             "update %d of epoch %d skipped: loss %s, gradient norm %s; see nonfinite/%s.json",
@@ -368,11 +335,11 @@ class Trainer:
 
     def _roll_back(self) -> None:
         """Back to the last checkpoint, but for the data, which go on: the same ones would end the same."""
-        checkpoint = self.world.on_main(self.store.newest_valid)
+        checkpoint = self.world.on_main(self.folder.store.newest_valid)
         if checkpoint is None:
             raise UserError(
                 f"{self.guard.max_in_a_row + 1} updates in a row were not finite, and no checkpoint in "
-                f"{self.store.folder} is as it was written: lower TRAIN.BASE_LR or use --amp off"
+                f"{self.folder.store.folder} is as it was written: lower TRAIN.BASE_LR or use --amp off"
             )
         restore(self.run, checkpoint, images_per_update(self.cfg, self.world))
         self._event("rolled_back", epoch=self.position.epoch, slot=self.position.update, to=checkpoint.position.name)
@@ -431,77 +398,37 @@ class Trainer:
 
     def _check_folder(self) -> None:
         """Save and stop where the run folder is no longer under its name. All ranks must call it."""
-        if self.world.on_main(lambda: self.lock is not None and not self.lock.holds()):
+        if self.world.on_main(self.folder.is_gone):
             self._save()
 
     def _save(self) -> None:
         """A checkpoint of the position. All ranks must call it."""
         self.bad.share()
         state = collect(self.run)
-        # gradients were finite, but an update can still overflow. Rank 0 has what all have
-        self.world.on_main(lambda: self._check_finite(state))
-        self.world.on_main(lambda: self._write_checkpoint(state))
+        # rank 0 has what all have
+        self.world.on_main(lambda: self.folder.save(self.position, self.results, state, self._counts()))
 
-    def _check_finite(self, state: dict) -> None:
-        cause = first_nonfinite(state)
-        if cause:
-            raise UserError(
-                f"{cause} became infinite or nan before {self.position}; the last checkpoint is intact: lower "
-                "TRAIN.BASE_LR and continue with --resume auto --allow-changes"
-            )
-
-    def _write_checkpoint(self, state: dict) -> None:
-        # never into a folder that somebody else has put there
-        moved = not self.lock.holds()
-        if moved and os.path.lexists(self.folder):
-            raise UserError(
-                f"{self.folder} was replaced while this run wrote to it: what it saved is where it was moved"
-            )
-        latest = self.results.latest()
-        self.store.save(
-            self.position,
-            model=state.pop("model"),
-            ema=state.pop("ema"),
-            train_state=state,
-            meta={
-                "results": self.results.records,
-                "weights": better_weights(latest) if latest else "model",
-                "progress": {
-                    "train_images": self.run.train_images,
-                    "train_seconds": self.run.train_seconds,
-                    "seconds": self.run.elapsed(),
-                },
-                "guard": self.guard.state(),
-                "bad_images": self.bad.state(),
-                "updates": self.run.updates,
-                "processes": self.world.size,
-                "asked_batch": self.asked_batch,
-                "images_per_update": images_per_update(self.cfg, self.world),
-                "data": self.data,
-                "classes": {name: label for label, name in enumerate(self.source.classes)},
-                "config": self.cfg.dump(),
-                **origin(self.command, self.pretrained),
-                "versions": versions(),
+    def _counts(self) -> dict[str, Any]:
+        """What a checkpoint says of its position."""
+        return {
+            "progress": {
+                "train_images": self.run.train_images,
+                "train_seconds": self.run.train_seconds,
+                "seconds": self.run.elapsed(),
             },
-        )
-        self.store.link(self._links())
-        if moved:
-            raise UserError(
-                f"{self.folder} was moved or removed while this run wrote to it; {self.position} is saved in "
-                f"{self.store.folder / self.position.name}: move it back to the others, or continue here with --resume "
-                "auto"
-            )
+            "guard": self.guard.state(),
+            "bad_images": self.bad.state(),
+            "updates": self.run.updates,
+        }
 
-    def _links(self) -> dict[str, Position]:
-        """Checkpoint links and where they point."""
-        bests = {name: Position(epoch) for name, epoch in self.results.best_epochs().items()}
-        return {"last": self.position, **bests}
+    def _origin(self) -> dict[str, Any]:
+        return origin(self.folder.facts["command"], self.folder.facts["pretrained"])
 
     def _preempted(self) -> None:
         self._event("preempted", signal=self.stop.signal, epoch=self.position.epoch, slot=self.position.update)
         raise Preempted(
             f"stopped by {self.stop.signal or 'a signal to another process'} after {self.position}; saved in "
-            f"{self.store.folder / self.position.name}: continue with --resume auto"
+            f"{self.folder.checkpoint(self.position)}: continue with --resume auto"
         )
 
     def _event(self, what: str, **values: float | str) -> None:

@@ -7,8 +7,9 @@ import torch
 from ssm_models import DenseVisionMamba, load_checkpoint
 from ssm_models.layers.pos_embed import class_token_rows, resize_pos_embed, split_rows
 from ssm_models.layers.rope import GridRope
+from ssm_models.layers.vim_tokens import CLS_MODES
 from ssm_models.upstream.vim import build
-from ssm_models.vim import CLS_MODES, VisionMamba
+from ssm_models.vim import VisionMamba
 from tests.models.small_vim import SMALL, small
 
 # ---- checkpoints ----

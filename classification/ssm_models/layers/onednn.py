@@ -10,7 +10,7 @@ Shapes: B batch, C channels in, O channels out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -58,8 +58,13 @@ def unwatched(*modules: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    """Of anybody who looks at values. fvcore's only note in which module its tracer is."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(kinds) and any(not _is_fvcores(hook) for hooks in kinds for hook in hooks.values())
+
+
+def _is_fvcores(hook: Callable) -> bool:
+    return type(hook).__module__ == "fvcore.nn.jit_analysis"
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:

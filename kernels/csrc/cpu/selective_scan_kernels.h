@@ -89,18 +89,19 @@ SSM_INLINE Lanes load_skip(const Args& a, const Block& k) {
     return load(skip);
 }
 
-// y = D u + sum_n C h over a chunk; h: (N, W)
+// M states from n on; h: (N, W)
+template <int M>
+SSM_INLINE void scan_states(const Args& a, const Block& k, const Chunk& s, int64_t n, float* h, float* y) {
+    const Parameters<M> p(a, k, s, n);
+    scan_chunk<M>(s.tokens, s.dt, s.dtu, p.A, p.B, p.C, h + n * W, y);
+}
+
+// y = D u + sum_n C h over a chunk
 SSM_INLINE void scan_states(const Args& a, const Block& k, const Chunk& s, Lanes skip, float* h, float* y) {
     for (int i = 0; i < s.tokens * W; i += W) store(y + i, load(s.u + i) * skip);
     int64_t n = 0;
-    for (; n + 1 < a.state; n += 2) {
-        const Parameters<2> p(a, k, s, n);
-        scan_chunk<2>(s.tokens, s.dt, s.dtu, p.A, p.B, p.C, h + n * W, y);
-    }
-    if (n < a.state) {
-        const Parameters<1> p(a, k, s, n);
-        scan_chunk<1>(s.tokens, s.dt, s.dtu, p.A, p.B, p.C, h + n * W, y);
-    }
+    for (; n + 3 < a.state; n += 4) scan_states<4>(a, k, s, n, h, y);
+    for (; n < a.state; n++) scan_states<1>(a, k, s, n, h, y);
 }
 
 static void forward_block(const Args& a, int64_t b, int64_t g, int64_t index) {

@@ -70,7 +70,7 @@ SSM_INLINE void load_route(const Args& a, const Part& p, int route, Route& r) {
 // What all channels share of a chunk of a route.
 struct Chunk {
     int tokens;
-    int64_t pixel[T];
+    int64_t pixel[T], at[T];    // its place in the image and in a map; up to a whole group that of the last
     float *rank, *B, *C;        // (T, R'), (N, T), (N, T); zeros after the last token
     float *drank, *dB, *dC;     // their gradients
 
@@ -92,6 +92,7 @@ SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t sta
     s.tokens = static_cast<int>(a.length - start < T ? a.length - start : T);
     for (int t = 0; t < s.tokens; t++) {
         s.pixel[t] = a.order[route * a.length + start + t];
+        s.at[t] = s.pixel[t] * a.dim;
         const float* proj = a.proj + ((p.b * a.length + s.pixel[t]) * a.routes + route) * fields;
         std::memcpy(s.rank + t * ranks, proj, sizeof(float) * a.rank);
         for (int64_t n = 0; n < a.state; n++) {
@@ -100,55 +101,115 @@ SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t sta
         }
     }
     for (int t = s.tokens; t < whole_groups(s.tokens); t++) {
+        s.at[t] = s.at[s.tokens - 1];
         std::memset(s.rank + t * ranks, 0, sizeof(float) * ranks);
         for (int64_t n = 0; n < a.state; n++) s.B[n * T + t] = s.C[n * T + t] = 0.0f;
     }
 }
 
-// One block of a chunk.
-struct Tiles {
-    alignas(64) float x[TILE], dt[TILE], dtx[TILE], slope[TILE];
-};
-
 // Products with small matrices keep this many rows of sums in registers.
 constexpr int ROWS = NATIVE / 2;
 static_assert(T % ROWS == 0, "blocks of rows end where a tile ends");
 
-// tile (T, W) = bias + rank (T, R') weight (R', W); to the end of a block of rows
-SSM_INLINE void raw_step_sizes(const Args& a, const Chunk& s, const float* weight, Lanes bias, float* tile) {
+// Step sizes are formed for so many blocks at once, as registers allow: blocks share the reads of the R numbers.
+constexpr int BLOCKS = NATIVE == 16 ? 2 : 1;
+
+// One block of a chunk, and step sizes of those that come next.
+struct Tiles {
+    alignas(64) float slope[TILE], dtx[TILE], steps[BLOCKS][TILE], x[TILE];
+    float* dt;
+};
+
+// Of `count` blocks, each: tile (T, W) = bias + rank (T, R') weight (R', W); to the end of a block of rows
+template <int count>
+SSM_INLINE void raw_step_sizes(
+    const Args& a, const Chunk& s, const float* weight, const float* bias, float (*tiles)[TILE]) {
     const int64_t ranks = padded(a.rank);
     for (int t = 0; t < s.tokens; t += ROWS) {
-        Lanes sums[ROWS];
-        for (int j = 0; j < ROWS; j++) sums[j] = bias;
+        Lanes sums[count][ROWS];
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < ROWS; j++) sums[i][j] = load(bias + i * W);
         for (int64_t r = 0; r < a.rank; r++) {
-            const Lanes row = load(weight + r * W);
-            for (int j = 0; j < ROWS; j++) sums[j] += row * s.rank[(t + j) * ranks + r];
+            Lanes row[count];
+            for (int i = 0; i < count; i++) row[i] = load(weight + (i * ranks + r) * W);
+            for (int j = 0; j < ROWS; j++)
+                for (int i = 0; i < count; i++) sums[i][j] += row[i] * s.rank[(t + j) * ranks + r];
         }
-        for (int j = 0; j < ROWS; j++) store(tile + (t + j) * W, sums[j]);
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < ROWS; j++) store(tiles[i] + (t + j) * W, sums[i][j]);
     }
 }
 
-// tile[t] = W channels of map at the pixels of the chunk
-SSM_INLINE void gather(const Args& a, const Chunk& s, const float* map, float* tile) {
-    for (int t = 0; t < s.tokens; t++) store(tile + t * W, load(map + s.pixel[t] * a.dim));
+// Of block i, when its turn comes, and of those after it that share the work; returns those of block i.
+SSM_INLINE float* raw_step_sizes(
+    const Args& a, const Part& p, const Chunk& s, const Route& r, int64_t i, float (*tiles)[TILE]) {
+    const float *weight = r.weight + i * padded(a.rank) * W, *bias = r.bias + i * W;
+    if (i % BLOCKS == 0) {
+        if (i + BLOCKS <= p.blocks)
+            raw_step_sizes<BLOCKS>(a, s, weight, bias, tiles);
+        else
+            raw_step_sizes<1>(a, s, weight, bias, tiles);
+    }
+    return tiles[i % BLOCKS];
 }
 
-template <bool wants_slope>
-SSM_INLINE void load_block(const Args& a, const Chunk& s, const float* map, const float* weight, Lanes bias, Tiles& k) {
-    gather(a, s, map, k.x);
-    raw_step_sizes(a, s, weight, bias, k.dt);
+// W channels of map at a group of pixels
+SSM_INLINE Group gather(const float* map, const int64_t* at) {
+    Group x;
+    SSM_EACH {
+        x.v[j] = load(map + at[j]);
+        __builtin_prefetch(map + at[j] + W);  // the next block: pixels are too far apart to be foreseen
+    }
+    return x;
+}
+
+// Of the forward: k.dt becomes the step sizes, dtx them times x, y D x and what is in the output already.
+SSM_INLINE void load_block(const Chunk& s, const float* map, const float* out, Lanes skip, Tiles& k, float* y) {
     for (int t = 0; t < s.tokens; t += SIDE) {
-        const Group x = load_group(k.dt + t * W), power = exp_minus_magnitude(x), step = softplus(x, power);
-        if (wants_slope) store(k.slope + t * W, sigmoid(x, power));
+        const Group raw = load_group(k.dt + t * W), x = gather(map, s.at + t);
+        const Group step = softplus(raw, exp_minus_magnitude(raw));
         store(k.dt + t * W, step);
-        SSM_EACH store(k.dtx + (t + j) * W, step.v[j] * load(k.x + (t + j) * W));
+        SSM_EACH {
+            const Lanes before = out ? load(out + s.at[t + j]) : everywhere(0.0f);
+            store(k.dtx + (t + j) * W, step.v[j] * x.v[j]);
+            store(y + (t + j) * W, x.v[j] * skip + before);
+        }
     }
     fill_up(k.dt, s.tokens);
     fill_up(k.dtx, s.tokens);
 }
 
+// All of the forward for one state, from the raw step sizes to the output, without tiles between.
+SSM_INLINE void scan_one_state(
+    const Chunk& s, const float* map, const float* raw_steps, Lanes skip, Lanes A, float* h, float* out, bool adds) {
+    const Lanes exponent = A * LOG2_E;
+    Lanes state = load(h);
+    for (int t = 0; t < s.tokens; t += SIDE) {
+        const Group raw = load_group(raw_steps + t * W), x = gather(map, s.at + t);
+        const Group step = softplus(raw, exp_minus_magnitude(raw));
+        Group factor;
+        SSM_EACH factor.v[j] = step.v[j] * exponent;
+        factor = exp2(factor);
+        SSM_EACH if (t + j < s.tokens) {
+            float* to = out + s.at[t + j];
+            state = factor.v[j] * state + step.v[j] * x.v[j] * s.B[t + j];
+            const Lanes y = state * s.C[t + j] + x.v[j] * skip;
+            store(to, adds ? y + load(to) : y);
+        }
+    }
+    store(h, state);
+}
+
 SSM_INLINE void load_lanes(const float* from, int count, Lanes* to) {
     for (int m = 0; m < count; m++) to[m] = load(from + m * W);
+}
+
+// M states from n on
+template <int M>
+SSM_INLINE void scan_states(const Chunk& s, const Tiles& k, int64_t n, const float* A, float* h, float* y) {
+    Lanes columns[M];
+    load_lanes(A + n * W, M, columns);
+    scan_chunk<M>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
 }
 
 static void forward_part(const Args& a, int64_t task, float* memory) {
@@ -157,7 +218,7 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
     Route r(a, p, {memory + Chunk::floats(a)});
     Tiles k;
     alignas(64) float y[TILE];
-    const int64_t map = p.b * a.length * a.dim + p.first, ranks = padded(a.rank);
+    const int64_t map = p.b * a.length * a.dim + p.first;
     for (int route = 0; route < a.routes; route++) {
         load_route(a, p, route, r);
         for (int64_t start = 0, chunk = 0; start < a.length; start += T, chunk++) {
@@ -167,24 +228,19 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
                 const float* A = r.A + i * a.state * W;
                 for (int64_t n = 0; a.states && n < a.state; n++)
                     store(state_row(a, p, chunk, route, n) + i * W, load(h + n * W));
-                load_block<false>(a, s, a.x[route] + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
+                k.dt = raw_step_sizes(a, p, s, r, i, k.steps);
                 const Lanes skip = load(r.skip + i * W);
+                const float* x = a.x[route] + map + i * W;
                 float* out = a.y + map + i * W;
-                for (int t = 0; t < s.tokens; t++) {
-                    const Lanes before = route == 0 ? everywhere(0.0f) : load(out + s.pixel[t] * a.dim);
-                    store(y + t * W, before + load(k.x + t * W) * skip);
+                if (a.state == 1) {
+                    scan_one_state(s, x, k.dt, skip, load(A), h, out, route > 0);
+                    continue;
                 }
-                Lanes columns[2];
+                load_block(s, x, route > 0 ? out : nullptr, skip, k, y);
                 int64_t n = 0;
-                for (; n + 1 < a.state; n += 2) {
-                    load_lanes(A + n * W, 2, columns);
-                    scan_chunk<2>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
-                }
-                if (n < a.state) {
-                    load_lanes(A + n * W, 1, columns);
-                    scan_chunk<1>(s.tokens, k.dt, k.dtx, columns, s.B + n * T, s.C + n * T, h + n * W, y);
-                }
-                for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(y + t * W));
+                for (; n + 3 < a.state; n += 4) scan_states<4>(s, k, n, A, h, y);
+                for (; n < a.state; n++) scan_states<1>(s, k, n, A, h, y);
+                for (int t = 0; t < s.tokens; t++) store(out + s.at[t], load(y + t * W));
             }
         }
     }
@@ -217,6 +273,20 @@ SSM_INLINE void add_rank_gradient(const Args& a, Chunk& s, const float* ddt, con
             }
             for (int j = 0; j < ROWS; j++) store(s.drank + (t + j) * ranks + first, sums[j]);
         }
+}
+
+// Of the backward: k.dt becomes the step sizes, and the other tiles what belongs to them.
+SSM_INLINE void load_block(const Chunk& s, const float* map, const float* gradient, Tiles& k, float* dy) {
+    for (int t = 0; t < s.tokens; t += SIDE) {
+        const Group raw = load_group(k.dt + t * W), x = gather(map, s.at + t);
+        const Group power = exp_minus_magnitude(raw), step = softplus(raw, power);
+        store(k.slope + t * W, sigmoid(raw, power));
+        store(k.dt + t * W, step);
+        store(k.x + t * W, x);
+        store(dy + t * W, gather(gradient, s.at + t));
+        SSM_EACH store(k.dtx + (t + j) * W, step.v[j] * x.v[j]);
+    }
+    for (float* tile : {k.dt, k.dtx, dy}) fill_up(tile, s.tokens);
 }
 
 template <int M, bool first>
@@ -252,9 +322,8 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
             std::memset(s.drank, 0, sizeof(float) * T * ranks);
             for (float* sum : {s.dB, s.dC}) std::memset(sum, 0, sizeof(float) * T * a.state);
             for (int64_t i = 0; i < p.blocks; i++) {
-                load_block<true>(a, s, a.x[route] + map + i * W, r.weight + i * ranks * W, load(r.bias + i * W), k);
-                gather(a, s, a.dy + map + i * W, dy);
-                fill_up(dy, s.tokens);
+                k.dt = raw_step_sizes(a, p, s, r, i, k.steps);
+                load_block(s, a.x[route] + map + i * W, a.dy + map + i * W, k, dy);
                 const float *A = r.A + i * a.state * W, *states = state_row(a, p, chunk, route, 0) + i * W;
                 const Adjoint to = {r.h + i * a.state * W, r.dA + i * a.state * W, dx, ddt};
                 int64_t n = 1;
@@ -269,9 +338,9 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
                 add_rank_gradient(a, s, ddt, r.turned + i * ranks * W);
                 float* out = a.dx[route] + map + i * W;
                 if (route == 0 || a.dx[route] != a.dx[route - 1])
-                    for (int t = 0; t < s.tokens; t++) store(out + s.pixel[t] * a.dim, load(dx + t * W));
+                    for (int t = 0; t < s.tokens; t++) store(out + s.at[t], load(dx + t * W));
                 else
-                    for (int t = 0; t < s.tokens; t++) add_to(out + s.pixel[t] * a.dim, load(dx + t * W));
+                    for (int t = 0; t < s.tokens; t++) add_to(out + s.at[t], load(dx + t * W));
             }
             for (int t = 0; t < s.tokens; t++) {
                 float* to = dproj + (s.pixel[t] * a.routes + route) * fields;
