@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .conv2d import Conv2d, PackedConv2d
+from .conv2d import Conv2d, PackedConv2d, activated
 from .onednn import is_plain, unwatched
 
 
@@ -33,6 +33,14 @@ class PackedDepthwiseConv(PackedConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def depthwise_activated(conv: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    """act(conv(x)), (B, H, W, C) -> the same; in one pass where oneDNN can and nobody watches what is between."""
+    y = None
+    if type(conv) in (DepthwiseConv, PackedDepthwiseConv) and unwatched(conv):
+        y = conv.fused(x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last), act)
+    return act(conv(x)) if y is None else y.permute(0, 2, 3, 1)
 
 
 class ConvNormAct(nn.Module):
@@ -62,6 +70,8 @@ class ConvNormAct(nn.Module):
         self.act = nn.ReLU() if act else nn.Identity()  # not in place, which backward hooks do not bear
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, nn.Identity) and unwatched(self.norm):
+            return activated(self.conv, self.act, x)
         return self.act(self.norm(self.conv(x)))
 
     def fuse(self) -> nn.Module:
@@ -69,4 +79,15 @@ class ConvNormAct(nn.Module):
         where there is no norm, or the convolution is more than its weight."""
         if isinstance(self.norm, nn.Identity) or not is_plain(self.conv, Conv2d) or not unwatched(self, self.norm):
             return self
-        return nn.Sequential(fuse_conv_bn_eval(self.conv, self.norm), self.act)
+        return ConvAct(fuse_conv_bn_eval(self.conv, self.norm), self.act)
+
+
+class ConvAct(nn.Module):
+    """A `ConvNormAct` without its norm."""
+
+    def __init__(self, conv: nn.Module, act: nn.Module):
+        super().__init__()
+        self.conv, self.act = conv, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self.conv, self.act, x)

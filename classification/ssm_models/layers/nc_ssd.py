@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import is_exportable
 from torch import Tensor
 
 from ssm_ops import nc_ssd, ssd_chunk_scan
 
-from .conv import DepthwiseConv
+from .conv import DepthwiseConv, depthwise_activated
 from .linear import Linear
 from .norm import normed
 from .ssm_init import reset_dt_bias_, reset_head_decay_
+
+_SILU = nn.SiLU()
 
 
 class NCSSD(nn.Module):
@@ -92,7 +93,8 @@ class NCSSD(nn.Module):
         """(B, H, W, C) -> the same."""
         height, width = x.shape[1:3]
         gate, xBC, dt = self.in_proj(x).split(self.proj_sizes, dim=-1)
-        x, B, C = F.silu(self.conv2d(xBC)).flatten(1, 2).split(self.conv_sizes, dim=-1)
+        xBC = depthwise_activated(self.conv2d, _SILU, xBC)
+        x, B, C = xBC.flatten(1, 2).split(self.conv_sizes, dim=-1)
         y = self._mix(
             x.unflatten(2, (-1, self.headdim)),
             dt.flatten(1, 2),
