@@ -1,7 +1,7 @@
 """Calls of the compiled scans over an image (csrc/cpu/ss2d_scan.cpp), for the operators that are made of them.
 
-The library takes channels-last float32 maps whose channels fill whole blocks of 16; others are converted and filled up
-here.
+The library takes channels-last maps of float32, float16 or bfloat16 whose channels fill whole blocks of 16; others are
+copied and filled up here.
 
 Shapes: B batch, D channels, L pixels, K routes, N state, R rank of the step sizes.
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._interface import BLOCK, CPU_CHUNK, Buffer, Ss2dArguments
+from ._library import SINGLE_AND_HALF
 from ._native import call
 
 STATE_CHUNK = CPU_CHUNK
@@ -39,7 +40,7 @@ class ImageScan:
         self.routes = A.shape[0]
         self.maps = [self.as_map(x) for x in maps]
         self.inputs = {
-            "proj": proj.float().contiguous(),
+            "proj": proj.contiguous(),
             "dt_weight": _fill_channels(dt_weight, self.missing),
             "A": _fill_channels(A, self.missing),
             "D": _fill_channels(D, self.missing),
@@ -48,27 +49,27 @@ class ImageScan:
         }
 
     def as_map(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D + missing) float32, contiguous; a copy only where x is something else."""
-        x = x.float()
+        """(B, L, D) -> (B, L, D + missing), contiguous; a copy only where x is something else."""
         return F.pad(x, (0, self.missing)) if self.missing else x.contiguous()
 
-    def forward(self, keep_states: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, out_dtype: torch.dtype, keep_states: bool) -> tuple[Tensor, Tensor]:
         """The sum of all routes (B, L, D) and, if they are to be kept, the states before every chunk
-        (S + 1, B, K, N, D)."""
+        (S + 1, B, K, N, D) in float32."""
         own = self.dim - self.missing
-        y = self._empty(self.batch, self.length, self.dim)
+        dtype = out_dtype if out_dtype in SINGLE_AND_HALF else torch.float32
+        y = self.maps[0].new_empty((self.batch, self.length, self.dim), dtype=dtype)
         parts = _forward_parts(self.batch, self.blocks, torch.get_num_threads())
         if not keep_states:
             self._run("forward", parts, y=y)
-            return y[..., :own] if self.missing else y, y.new_empty(0)
+            return (y[..., :own] if self.missing else y).to(out_dtype), self._empty(0)
         chunks = -(-self.length // STATE_CHUNK)
         states = self._empty(chunks + 1, self.batch, self.routes, self.state, self.dim)
         self._run("forward", parts, y=y, states=states)
         states[chunks] = 0  # not written by the library, nor read: the same call gives the same bits
-        return y[..., :own], states[..., :own].contiguous()
+        return y[..., :own].to(out_dtype), states[..., :own].contiguous()
 
     def backward(self, dy: Tensor, states: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of maps, proj, dt_weight, A, D, bias."""
+        """Gradients of maps, proj, dt_weight, A, D, bias, in float32."""
         parts = _backward_parts(self.batch, self.blocks)
         dx = [self._empty(self.batch, self.length, self.dim) for _ in self.maps]
         dproj = self._empty(parts, *self.inputs["proj"].shape)

@@ -47,7 +47,7 @@ class Buffer(ctypes.Structure):
 
 # ---- csrc/cpu -------------------------------------------------------------------------------------------------------
 
-CPU_VERSION = 3
+CPU_VERSION = 4
 BLOCK = 16
 """Channels side by side."""
 CPU_CHUNK = 64

@@ -162,7 +162,8 @@ def refusals(monkeypatch):
         for what, do, undo in changes(arguments):
             if what in ("parts+1", "tiles+1") and function.endswith("forward"):  # says nothing of the size of a tensor
                 continue
-            if function.startswith("nc_ssd") and re.fullmatch(r"(out|dy)\.dtype=[123]", what):  # as the caller likes
+            free = function.startswith(("nc_ssd", "ss2d")) and re.fullmatch(r"(out|y|dy)\.dtype=[123]", what)
+            if free:  # as the caller likes
                 continue
             do()
             with pytest.raises(RuntimeError, match=f"^{function}: [^\n]+$"):

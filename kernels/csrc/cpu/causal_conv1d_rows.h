@@ -14,17 +14,16 @@ static void forward_tokens_of(
     for (int64_t t = first; t < last; t++) {
         const int64_t from = t < before ? before - t : 0;  // taps that see tokens
         const int64_t to = t - before + a.taps > a.length ? a.length - (t - before) : a.taps;
-        for (int64_t c = 0; c < a.dim; c += SIDE * W) {
-            const int64_t left = a.dim - c;
+        for_each_group(a.dim, [&](auto whole, int64_t c, int64_t count) SSM_ALWAYS {
             Group sum = load_group(bias + c);
             for (int64_t tap = from; tap < to; tap++) {
                 const Group v = load_group(taps + tap * padded + c);
-                const Group seen = load_group_some(x + (t - before + tap) * a.x.time + c, left);
+                const Group seen = load_group<whole>(x + (t - before + tap) * a.x.time + c, count);
                 SSM_EACH sum.v[j] += seen.v[j] * v.v[j];
             }
             if (a.silu) sum = silu(sum);
-            store_some(out + t * a.dim + c, sum, left);
-        }
+            store_group<whole>(out + t * a.dim + c, sum, count);
+        });
     }
 }
 

@@ -97,17 +97,31 @@ SSM_INLINE void store_any(void* to, int64_t dtype, int64_t at, Lanes x, int64_t 
     store_some(static_cast<Float16*>(to) + at, x, count);
 }
 
-// The same for SIDE vectors.
-template <typename E>
-SSM_INLINE Group load_group_some(const E* from, int64_t count) {
+// The same for SIDE vectors, which are `whole` where count is known to be enough for all.
+template <bool whole, typename E>
+SSM_INLINE Group load_group(const E* from, int64_t count) {
     Group x;
-    SSM_EACH x.v[j] = count > j * W ? load_some(from + j * W, count - j * W) : Lanes{};
+    if constexpr (whole)
+        SSM_EACH x.v[j] = load(from + j * W);
+    else
+        SSM_EACH x.v[j] = count > j * W ? load_some(from + j * W, count - j * W) : Lanes{};
     return x;
 }
 
-template <typename E>
-SSM_INLINE void store_some(E* to, const Group& x, int64_t count) {
-    SSM_EACH if (count > j * W) store_some(to + j * W, x.v[j], count - j * W);
+template <bool whole, typename E>
+SSM_INLINE void store_group(E* to, const Group& x, int64_t count) {
+    if constexpr (whole)
+        SSM_EACH store(to + j * W, x.v[j]);
+    else
+        SSM_EACH if (count > j * W) store_some(to + j * W, x.v[j], count - j * W);
+}
+
+// Calls function(whole, c, count) for the groups of a row of `dim` numbers: from c on, count of them; whole is a constant.
+template <typename Function>
+SSM_INLINE void for_each_group(int64_t dim, Function function) {
+    int64_t c = 0;
+    for (; c + SIDE * W <= dim; c += SIDE * W) function(std::true_type{}, c, int64_t(SIDE * W));
+    if (c < dim) function(std::false_type{}, c, dim - c);
 }
 
 // x / (1 + e^-x)

@@ -10,13 +10,12 @@ static void forward_rows_of(const GateArguments& a, int64_t first, int64_t last)
         const E* y = static_cast<const E*>(a.y.data) + row * a.dim;
         const E* z = static_cast<const E*>(a.z) + row * a.z_row;
         E* out = static_cast<E*>(a.out.data) + row * a.dim;
-        for (int64_t c = 0; c < a.dim; c += SIDE * W) {
-            const int64_t left = a.dim - c;
-            Group x = load_group_some(y + c, left);
-            const Group open = silu(load_group_some(z + c, left));
+        for_each_group(a.dim, [&](auto whole, int64_t c, int64_t count) SSM_ALWAYS {
+            Group x = load_group<whole>(y + c, count);
+            const Group open = silu(load_group<whole>(z + c, count));
             SSM_EACH x.v[j] = x.v[j] * open.v[j] * a.scale;
-            store_some(out + c, x, left);
-        }
+            store_group<whole>(out + c, x, count);
+        });
     }
 }
 
@@ -32,10 +31,9 @@ static void backward_rows_of(const GateArguments& a, int64_t first, int64_t last
         const E* dout = static_cast<const E*>(a.dout.data) + row * a.dim;
         E* dy = static_cast<E*>(a.dy.data) + row * a.dim;
         E* dz = static_cast<E*>(a.dz.data) + row * a.dim;
-        for (int64_t c = 0; c < a.dim; c += SIDE * W) {
-            const int64_t left = a.dim - c;
-            const Group gate = load_group_some(z + c, left), open = sigmoid(gate, exp_minus_magnitude(gate));
-            const Group value = load_group_some(y + c, left), given = load_group_some(dout + c, left);
+        for_each_group(a.dim, [&](auto whole, int64_t c, int64_t count) SSM_ALWAYS {
+            const Group gate = load_group<whole>(z + c, count), open = sigmoid(gate, exp_minus_magnitude(gate));
+            const Group value = load_group<whole>(y + c, count), given = load_group<whole>(dout + c, count);
             Group to_y, to_z;
             SSM_EACH {
                 const Lanes scaled = given.v[j] * a.scale;
@@ -43,9 +41,9 @@ static void backward_rows_of(const GateArguments& a, int64_t first, int64_t last
                 // the derivative of z s(z) is s + z s (1 - s)
                 to_z.v[j] = scaled * value.v[j] * open.v[j] * (gate.v[j] * (everywhere(1.0f) - open.v[j]) + 1.0f);
             }
-            store_some(dy + c, to_y, left);
-            store_some(dz + c, to_z, left);
-        }
+            store_group<whole>(dy + c, to_y, count);
+            store_group<whole>(dz + c, to_z, count);
+        });
     }
 }
 

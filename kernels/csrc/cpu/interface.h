@@ -7,7 +7,7 @@
 
 #include "../buffers.h"
 
-constexpr int VERSION = 3;
+constexpr int VERSION = 4;
 constexpr int BLOCK = 16;       // channels side by side
 constexpr int CHUNK = 64;       // tokens between two saved states
 constexpr int TILE_TOKENS = 64;  // of a tile of non-causal SSD, at most
@@ -87,11 +87,12 @@ struct CrossArguments {
 };
 
 struct Ss2dArguments {
-    Buffer<const float> x[MAX_MAPS], dy;      // (B, L, D): the map that each route reads, and the gradient of y
-    Buffer<const float> proj;                 // (B, L, K, R + 2 N): per pixel and route the numbers of dt, of B, of C
+    Buffer<const void> x[MAX_MAPS], dy;       // (B, L, D): the map that each route reads, and the gradient of y
+    Buffer<const void> proj;                  // (B, L, K, R + 2 N): per pixel and route the numbers of dt, of B, of C
     Buffer<const float> dt_weight, A, D, bias;  // (K, D, R), (K, D, N), (K, D), (K, D)
     Buffer<const int32_t> order;              // (K, L): the pixel at every place of a route
-    Buffer<float> y, dx[MAX_MAPS];            // (B, L, D); routes that read the same map add to the same gradient
+    Buffer<void> y;                           // (B, L, D); of x, dy, proj and y each has its own dtype
+    Buffer<float> dx[MAX_MAPS];               // (B, L, D); routes that read the same map add to the same gradient
     Buffer<float> states;                     // (S + 1, B, K, N, D), the last of which is left as it is; forward: or absent
     Buffer<float> dproj;                      // (parts, B, L, K, R + 2 N)
     Buffer<float> ddt_weight, dA, dD, dbias;  // (B, K, D, R), (B, K, D, N), (B, K, D), (B, K, D): the caller adds samples
@@ -110,6 +111,8 @@ struct NcSsdArguments {
     int64_t batch, length, heads, channels, groups, state_size, parts, tiles;
     int32_t softplus, positive, threads;
 };
+
+inline bool is_floating(int64_t dtype) { return dtype == FLOAT32 || dtype == FLOAT16 || dtype == BFLOAT16; }
 
 inline void check_map(Check& c, const char* name, const Map& map, int64_t batch, int64_t dim, int64_t length,
                       int64_t dtype = FLOAT32) {

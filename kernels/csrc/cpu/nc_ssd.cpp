@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #include "interface.h"
@@ -24,8 +25,6 @@
 #include "for_each_target.h"
 
 static int64_t padded(int64_t count) { return (count + BLOCK - 1) / BLOCK * BLOCK; }
-
-static bool is_floating(int64_t dtype) { return dtype == FLOAT32 || dtype == FLOAT16 || dtype == BFLOAT16; }
 
 static void check_rows(Check& c, const char* name, const Rows& r, int64_t dtype, const int64_t (&shape)[4]) {
     c.dtype(name, r.dtype, dtype);

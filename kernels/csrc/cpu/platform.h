@@ -1,7 +1,8 @@
 // What depends on the compiler and the processor: inlining, exports, and versions for several instruction sets.
 #pragma once
 
-#define SSM_INLINE static inline __attribute__((always_inline))
+#define SSM_ALWAYS __attribute__((always_inline))  // of a lambda, behind its parameters
+#define SSM_INLINE static inline SSM_ALWAYS
 #define SSM_EXPORT __attribute__((visibility("default")))
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

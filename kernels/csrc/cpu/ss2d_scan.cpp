@@ -2,8 +2,8 @@
 // bidirectional mixer, which read one each. Mathematics: kernels/ssm_ops/{ss2d_scan,bidirectional_scan}/api.py.
 //
 // A map is channels-last: whichever way a route goes, the W channels of a block lie side by side at every pixel. So
-// routes are read from the map itself, and their outputs are summed in the output itself; neither the routes nor the step
-// sizes ever exist in memory. The channels are cut into `parts`, each walked by one thread, route after route, chunk after
+// routes are read from the map itself, and their outputs are summed in the output itself (by the thread for itself, where
+// that is not float32); neither the routes nor the step sizes ever exist in memory. The channels are cut into `parts`, each walked by one thread, route after route, chunk after
 // chunk (T tokens), and within a chunk block after block: what all channels share of a chunk (where its pixels are, R
 // numbers for dt, B and C) is gathered once. The forward keeps the states before every chunk; the backward recomputes the
 // rest. The gradient of `proj` is a sum over channels, of which every part gives its own; the caller adds them, so that
@@ -22,6 +22,12 @@
 #define SSM_KERNELS "ss2d_scan_kernels.h"
 #include "for_each_target.h"
 
+template <typename T>
+static void check_any(Check& c, const char* name, const Buffer<T>& b, int64_t dtype, int64_t count) {
+    c.that(is_floating(b.dtype), "%s holds %s", name, name_of(b.dtype));
+    c.buffer(name, b, dtype, count);
+}
+
 // What both directions read.
 static Check check(const Ss2dArguments& a, bool backward) {
     Check c;
@@ -31,8 +37,8 @@ static Check check(const Ss2dArguments& a, bool backward) {
     c.that(a.parts >= 1 && a.threads >= 1, "there are %lld parts and %d threads", (long long)a.parts, a.threads);
     if (c.problem()) return c;
     const int64_t channels = a.routes * a.dim, tokens = a.batch * a.length, chunks = (a.length + CHUNK - 1) / CHUNK;
-    for (int64_t route = 0; route < a.routes; route++) c.buffer("x", a.x[route], FLOAT32, tokens * a.dim);
-    c.buffer("proj", a.proj, FLOAT32, tokens * a.routes * (a.rank + 2 * a.state));
+    for (int64_t route = 0; route < a.routes; route++) check_any(c, "x", a.x[route], a.x[0].dtype, tokens * a.dim);
+    check_any(c, "proj", a.proj, a.x[0].dtype, tokens * a.routes * (a.rank + 2 * a.state));
     c.buffer("dt_weight", a.dt_weight, FLOAT32, channels * a.rank);
     c.buffer("A", a.A, FLOAT32, channels * a.state);
     c.buffer("D", a.D, FLOAT32, channels);
@@ -62,7 +68,7 @@ extern "C" {
 SSM_EXPORT const char* ss2d_scan_forward(const Ss2dArguments* arguments) {
     const Ss2dArguments& a = *arguments;
     Check c = check(a, false);
-    c.buffer("y", a.y, FLOAT32, a.batch * a.length * a.dim);
+    check_any(c, "y", a.y, a.y.dtype, a.batch * a.length * a.dim);
     return c.problem() ? c.problem() : run(a, SSM_BEST(forward_part));
 }
 
@@ -71,7 +77,7 @@ SSM_EXPORT const char* ss2d_scan_backward(const Ss2dArguments* arguments) {
     Check c = check(a, true);
     if (c.problem()) return c.problem();
     const int64_t numbers = a.batch * a.length * a.dim, channels = a.batch * a.routes * a.dim;
-    c.buffer("dy", a.dy, FLOAT32, numbers);
+    check_any(c, "dy", a.dy, a.dy.dtype, numbers);
     for (int64_t route = 0; route < a.routes; route++) c.buffer("dx", a.dx[route], FLOAT32, numbers);
     c.buffer("dproj", a.dproj, FLOAT32, a.parts * a.batch * a.length * a.routes * (a.rank + 2 * a.state));
     c.buffer("ddt_weight", a.ddt_weight, FLOAT32, channels * a.rank);

@@ -2,6 +2,7 @@
 // this once for every instruction set.
 
 #include "recurrence.h"
+#include "elements.h"
 
 using Args = Ss2dArguments;
 
@@ -70,14 +71,19 @@ SSM_INLINE void load_route(const Args& a, const Part& p, int route, Route& r) {
 // What all channels share of a chunk of a route.
 struct Chunk {
     int tokens;
-    int64_t pixel[T], at[T];    // its place in the image and in a map; up to a whole group that of the last
+    int64_t pixel[T];           // its place in the image,
+    int64_t at[T], to[T];       // in a map, and in a Sum; up to a whole group that of the last
+    float *row;                 // (R + 2 N)', of one token
     float *rank, *B, *C;        // (T, R'), (N, T), (N, T); zeros after the last token
     float *drank, *dB, *dC;     // their gradients
 
-    static int64_t floats(const Args& a) { return T * (2 * padded(a.rank) + 4 * a.state); }
+    static int64_t floats(const Args& a) {
+        return T * (2 * padded(a.rank) + 4 * a.state) + padded(a.rank + 2 * a.state);
+    }
 
     Chunk(const Args& a, Arena arena) {
         const int64_t ranks = padded(a.rank);
+        row = arena.take(padded(a.rank + 2 * a.state));
         rank = arena.take(T * ranks), drank = arena.take(T * ranks);
         B = arena.take(T * a.state), C = arena.take(T * a.state);
         dB = arena.take(T * a.state), dC = arena.take(T * a.state);
@@ -87,13 +93,20 @@ struct Chunk {
     }
 };
 
-SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t start, Chunk& s) {
+// row: of a Sum
+SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t start, int64_t row, Chunk& s) {
     const int64_t fields = a.rank + 2 * a.state, ranks = padded(a.rank);
     s.tokens = static_cast<int>(a.length - start < T ? a.length - start : T);
     for (int t = 0; t < s.tokens; t++) {
         s.pixel[t] = a.order[route * a.length + start + t];
-        s.at[t] = s.pixel[t] * a.dim;
-        const float* proj = a.proj + ((p.b * a.length + s.pixel[t]) * a.routes + route) * fields;
+        s.at[t] = s.pixel[t] * a.dim, s.to[t] = s.pixel[t] * row;
+        const int64_t place = ((p.b * a.length + s.pixel[t]) * a.routes + route) * fields;
+        const float* proj = static_cast<const float*>(a.proj.data) + place;
+        if (a.proj.dtype != FLOAT32) {
+            for (int64_t i = 0; i < fields; i += W)
+                store(s.row + i, load_any(a.proj.data, a.proj.dtype, place + i, fields - i));
+            proj = s.row;
+        }
         std::memcpy(s.rank + t * ranks, proj, sizeof(float) * a.rank);
         for (int64_t n = 0; n < a.state; n++) {
             s.B[n * T + t] = proj[a.rank + n];
@@ -101,7 +114,7 @@ SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t sta
         }
     }
     for (int t = s.tokens; t < whole_groups(s.tokens); t++) {
-        s.at[t] = s.at[s.tokens - 1];
+        s.at[t] = s.at[s.tokens - 1], s.to[t] = s.to[s.tokens - 1];
         std::memset(s.rank + t * ranks, 0, sizeof(float) * ranks);
         for (int64_t n = 0; n < a.state; n++) s.B[n * T + t] = s.C[n * T + t] = 0.0f;
     }
@@ -153,8 +166,9 @@ SSM_INLINE float* raw_step_sizes(
     return tiles[i % BLOCKS];
 }
 
-// W channels of map at a group of pixels
-SSM_INLINE Group gather(const float* map, const int64_t* at) {
+// W channels of a map at a group of pixels
+template <typename E>
+SSM_INLINE Group gather(const E* map, const int64_t* at) {
     Group x;
     SSM_EACH {
         x.v[j] = load(map + at[j]);
@@ -163,25 +177,44 @@ SSM_INLINE Group gather(const float* map, const int64_t* at) {
     return x;
 }
 
-// Of the forward: k.dt becomes the step sizes, dtx them times x, y D x and what is in the output already.
-SSM_INLINE void load_block(const Chunk& s, const float* map, const float* out, Lanes skip, Tiles& k, float* y) {
+// Where a part sums its channels of the output: there itself, or in memory of its own, (L, channels), if that is not float32.
+struct Sum {
+    float* data;
+    int64_t row;
+
+    static int64_t floats(const Args& a, int64_t blocks) {
+        return a.y.data && a.y.dtype != FLOAT32 ? a.length * blocks * W : 0;
+    }
+
+    Sum(const Args& a, const Part& p, float* memory) {
+        const bool in_place = a.y.dtype == FLOAT32;
+        data = in_place ? static_cast<float*>(a.y.data) + p.b * a.length * a.dim + p.first : memory;
+        row = in_place ? a.dim : p.blocks * W;
+    }
+};
+
+// Of the forward: k.dt becomes the step sizes, dtx them times x, y D x.
+template <typename E>
+SSM_INLINE void load_block(const Chunk& s, const E* map, Lanes skip, Tiles& k, float* y) {
     for (int t = 0; t < s.tokens; t += SIDE) {
         const Group raw = load_group(k.dt + t * W), x = gather(map, s.at + t);
         const Group step = softplus(raw, exp_minus_magnitude(raw));
         store(k.dt + t * W, step);
         SSM_EACH {
-            const Lanes before = out ? load(out + s.at[t + j]) : everywhere(0.0f);
             store(k.dtx + (t + j) * W, step.v[j] * x.v[j]);
-            store(y + (t + j) * W, x.v[j] * skip + before);
+            store(y + (t + j) * W, x.v[j] * skip);
         }
     }
     fill_up(k.dt, s.tokens);
     fill_up(k.dtx, s.tokens);
 }
 
-// All of the forward for one state, from the raw step sizes to the output, without tiles between.
+SSM_INLINE void put(float* to, Lanes y, bool adds) { store(to, adds ? y + load(to) : y); }
+
+// All of the forward for one state, from the raw step sizes to the output, without tiles between. out: this block of a Sum.
+template <typename E>
 SSM_INLINE void scan_one_state(
-    const Chunk& s, const float* map, const float* raw_steps, Lanes skip, Lanes A, float* h, float* out, bool adds) {
+    const Chunk& s, const E* map, const float* raw_steps, Lanes skip, Lanes A, float* h, float* out, bool adds) {
     const Lanes exponent = A * LOG2_E;
     Lanes state = load(h);
     for (int t = 0; t < s.tokens; t += SIDE) {
@@ -191,10 +224,8 @@ SSM_INLINE void scan_one_state(
         SSM_EACH factor.v[j] = step.v[j] * exponent;
         factor = exp2(factor);
         SSM_EACH if (t + j < s.tokens) {
-            float* to = out + s.at[t + j];
             state = factor.v[j] * state + step.v[j] * x.v[j] * s.B[t + j];
-            const Lanes y = state * s.C[t + j] + x.v[j] * skip;
-            store(to, adds ? y + load(to) : y);
+            put(out + s.to[t + j], state * s.C[t + j] + x.v[j] * skip, adds);
         }
     }
     store(h, state);
@@ -216,13 +247,14 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
     const Part p = make_part(a, task);
     Chunk s(a, {memory});
     Route r(a, p, {memory + Chunk::floats(a)});
+    const Sum sum(a, p, memory + Chunk::floats(a) + Route::floats(a, p.blocks));
     Tiles k;
     alignas(64) float y[TILE];
     const int64_t map = p.b * a.length * a.dim + p.first;
     for (int route = 0; route < a.routes; route++) {
         load_route(a, p, route, r);
         for (int64_t start = 0, chunk = 0; start < a.length; start += T, chunk++) {
-            load_shared(a, p, route, start, s);
+            load_shared(a, p, route, start, sum.row, s);
             for (int64_t i = 0; i < p.blocks; i++) {
                 float* h = r.h + i * a.state * W;
                 const float* A = r.A + i * a.state * W;
@@ -230,20 +262,26 @@ static void forward_part(const Args& a, int64_t task, float* memory) {
                     store(state_row(a, p, chunk, route, n) + i * W, load(h + n * W));
                 k.dt = raw_step_sizes(a, p, s, r, i, k.steps);
                 const Lanes skip = load(r.skip + i * W);
-                const float* x = a.x[route] + map + i * W;
-                float* out = a.y + map + i * W;
-                if (a.state == 1) {
-                    scan_one_state(s, x, k.dt, skip, load(A), h, out, route > 0);
-                    continue;
-                }
-                load_block(s, x, route > 0 ? out : nullptr, skip, k, y);
+                float* out = sum.data + i * W;
+                with_element(a.x[route].dtype, [&](auto element) SSM_ALWAYS {
+                    const auto* x = static_cast<const decltype(element)*>(a.x[route].data) + map + i * W;
+                    if (a.state == 1)
+                        scan_one_state(s, x, k.dt, skip, load(A), h, out, route > 0);
+                    else
+                        load_block(s, x, skip, k, y);
+                });
+                if (a.state == 1) continue;
                 int64_t n = 0;
                 for (; n + 3 < a.state; n += 4) scan_states<4>(s, k, n, A, h, y);
                 for (; n < a.state; n++) scan_states<1>(s, k, n, A, h, y);
-                for (int t = 0; t < s.tokens; t++) store(out + s.at[t], load(y + t * W));
+                for (int t = 0; t < s.tokens; t++) put(out + s.to[t], load(y + t * W), route > 0);
             }
         }
     }
+    if (a.y.dtype == FLOAT32) return;
+    for (int64_t pixel = 0; pixel < a.length; pixel++)
+        for (int64_t c = 0; c < sum.row; c += W)
+            store_any(a.y.data, a.y.dtype, map + pixel * a.dim + c, load(sum.data + pixel * sum.row + c), W);
 }
 
 // dweight (R', W) += rank (T, R')^T ddt (T, W)
@@ -275,15 +313,24 @@ SSM_INLINE void add_rank_gradient(const Args& a, Chunk& s, const float* ddt, con
         }
 }
 
+SSM_INLINE Group gather_any(const Buffer<const void>& map, int64_t first, const int64_t* at) {
+    Group x;
+    with_element(map.dtype, [&](auto element) SSM_ALWAYS {
+        x = gather(static_cast<const decltype(element)*>(map.data) + first, at);
+    });
+    return x;
+}
+
 // Of the backward: k.dt becomes the step sizes, and the other tiles what belongs to them.
-SSM_INLINE void load_block(const Chunk& s, const float* map, const float* gradient, Tiles& k, float* dy) {
+SSM_INLINE void load_block(
+    const Chunk& s, const Buffer<const void>& map, const Buffer<const void>& gradient, int64_t first, Tiles& k, float* dy) {
     for (int t = 0; t < s.tokens; t += SIDE) {
-        const Group raw = load_group(k.dt + t * W), x = gather(map, s.at + t);
+        const Group raw = load_group(k.dt + t * W), x = gather_any(map, first, s.at + t);
         const Group power = exp_minus_magnitude(raw), step = softplus(raw, power);
         store(k.slope + t * W, sigmoid(raw, power));
         store(k.dt + t * W, step);
         store(k.x + t * W, x);
-        store(dy + t * W, gather(gradient, s.at + t));
+        store(dy + t * W, gather_any(gradient, first, s.at + t));
         SSM_EACH store(k.dtx + (t + j) * W, step.v[j] * x.v[j]);
     }
     for (float* tile : {k.dt, k.dtx, dy}) fill_up(tile, s.tokens);
@@ -318,12 +365,12 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
         std::memset(r.dweight, 0, sizeof(float) * channels * ranks);
         int64_t chunk = (a.length + T - 1) / T;
         while (chunk-- > 0) {
-            load_shared(a, p, route, chunk * T, s);
+            load_shared(a, p, route, chunk * T, a.dim, s);
             std::memset(s.drank, 0, sizeof(float) * T * ranks);
             for (float* sum : {s.dB, s.dC}) std::memset(sum, 0, sizeof(float) * T * a.state);
             for (int64_t i = 0; i < p.blocks; i++) {
                 k.dt = raw_step_sizes(a, p, s, r, i, k.steps);
-                load_block(s, a.x[route] + map + i * W, a.dy + map + i * W, k, dy);
+                load_block(s, a.x[route], a.dy, map + i * W, k, dy);
                 const float *A = r.A + i * a.state * W, *states = state_row(a, p, chunk, route, 0) + i * W;
                 const Adjoint to = {r.h + i * a.state * W, r.dA + i * a.state * W, dx, ddt};
                 int64_t n = 1;
@@ -368,5 +415,5 @@ static void backward_part(const Args& a, int64_t task, float* memory) {
 // Floats that a thread needs.
 static int64_t workspace(const Args& a) {
     const int64_t blocks = (a.dim / W + a.parts - 1) / a.parts;
-    return Chunk::floats(a) + Route::floats(a, blocks);
+    return Chunk::floats(a) + Route::floats(a, blocks) + Sum::floats(a, blocks);
 }

@@ -48,19 +48,17 @@ struct ImageScan {
     const char* scan(int64_t b, int64_t first, int64_t last) const {
         const int64_t own = last - first, filled = (own + BLOCK - 1) / BLOCK * BLOCK, sample = b * length * dim;
         const bool whole = own == dim && filled == dim;
-        const int64_t chunks = (length + CHUNK - 1) / CHUNK, fields = routes * (rank() + 2 * state());
-        const Scratch states((chunks + 1) * routes * state() * filled);
+        const int64_t fields = routes * (rank() + 2 * state());
         Ss2dArguments a{};
         a.batch = 1, a.dim = filled, a.length = length, a.state = state(), a.rank = rank(), a.routes = routes;
         a.parts = a.threads = 1;
-        a.proj = reading(proj.data + b * length * fields, length * fields);
+        a.proj = any(reading(proj.data + b * length * fields, length * fields));
         a.order = {order.data(), routes * length, INT32};
-        a.states = writing(states, (chunks + 1) * routes * state() * filled);
         if (whole) {
-            for (int64_t k = 0; k < routes; k++) a.x[k] = reading(maps[k] + sample, length * dim);
+            for (int64_t k = 0; k < routes; k++) a.x[k] = any(reading(maps[k] + sample, length * dim));
             a.dt_weight = reading(dt_weight.data, dt_weight.count()), a.A = reading(A.data, A.count());
             a.D = reading(D.data, D.count()), a.bias = reading(bias.data, bias.count());
-            a.y = writing(y + sample, length * dim);
+            a.y = any(writing(y + sample, length * dim));
             return ss2d_scan_forward(&a);
         }
         const int64_t numbers = length * filled;
@@ -72,13 +70,13 @@ struct ImageScan {
                 copy_rows(maps[k] + sample + first, dim, length, own, next, filled);
                 next += numbers;
             }
-            a.x[k] = again ? a.x[k - 1] : reading(next - numbers, numbers);
+            a.x[k] = again ? a.x[k - 1] : any(reading(next - numbers, numbers));
         }
         a.dt_weight = part_of(dt_weight.data, rank(), first, own, filled, next);
         a.A = part_of(A.data, state(), first, own, filled, next);
         a.D = part_of(D.data, 1, first, own, filled, next);
         a.bias = part_of(bias.data, 1, first, own, filled, next);
-        a.y = writing(next, numbers);
+        a.y = any(writing(next, numbers));
         const char* problem = ss2d_scan_forward(&a);
         for (int64_t t = 0; t < length && problem == nullptr; t++)
             std::memcpy(y + sample + t * dim + first, next + t * filled, sizeof(float) * own);

@@ -120,6 +120,10 @@ inline int64_t parts_of_sample(int64_t batch, int64_t most) {
 inline Buffer<const float> reading(const float* data, int64_t count) { return {data, count, FLOAT32}; }
 inline Buffer<float> writing(float* data, int64_t count) { return {data, count, FLOAT32}; }
 
+// For arguments that may be of any type
+inline Buffer<const void> any(Buffer<const float> b) { return {b.data, b.count, b.dtype}; }
+inline Buffer<void> any(Buffer<float> b) { return {b.data, b.count, b.dtype}; }
+
 // Memory that nobody has written to: a vector would fill it.
 class Scratch {
   public:

@@ -1,7 +1,4 @@
-"""The bidirectional scan by the compiled CPU library: an image of one row with two routes, each over a map of its own.
-
-Half precision is converted around it.
-"""
+"""The bidirectional scan by the compiled CPU library: an image of one row with two routes, each over a map of its own."""
 
 from __future__ import annotations
 
@@ -28,8 +25,8 @@ def _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias) -> ImageScan:
 
 def forward(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, out_dtype, keep_states) -> tuple[Tensor, Tensor]:
     """(out, states); shapes in api.py."""
-    y, states = _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias).forward(keep_states)
-    return y.to(out_dtype).contiguous(), states
+    y, states = _scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias).forward(out_dtype, keep_states)
+    return y.contiguous(), states
 
 
 def backward(dout, x_forward, x_backward, proj, dt_weight, A, D, dt_bias, states) -> tuple[Tensor, ...]:

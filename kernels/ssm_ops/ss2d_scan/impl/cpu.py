@@ -1,4 +1,4 @@
-"""SS2D's scan by the compiled CPU library (csrc/cpu/ss2d_scan.cpp). Half precision is converted around it."""
+"""SS2D's scan by the compiled CPU library (csrc/cpu/ss2d_scan.cpp)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _scan(x, proj, dt_weight, A, D, dt_bias, scans) -> ImageScan:
 
 def forward(x, proj, dt_weight, A, D, dt_bias, scans, out_dtype, keep_states) -> tuple[Tensor, Tensor]:
     """(out, states); shapes in api.py."""
-    y, states = _scan(x, proj, dt_weight, A, D, dt_bias, scans).forward(keep_states)
-    return _like(y.to(out_dtype), x), states
+    y, states = _scan(x, proj, dt_weight, A, D, dt_bias, scans).forward(out_dtype, keep_states)
+    return _like(y, x), states
 
 
 def backward(dout, x, proj, dt_weight, A, D, dt_bias, states, scans) -> tuple[Tensor, ...]:
