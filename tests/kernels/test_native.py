@@ -320,3 +320,22 @@ def test_the_slow_reference_on_cuda_is_named_with_all_that_would_help(process):
     process(missing=("cpu", "cuda", "triton"))
     name, said = resolved("selective_scan", CUDA, times=2)
     assert name == "reference" and ["no cuda" in said[0], "no triton" in said[1], len(said)] == [True, True, 2]
+
+
+# ---- numbers below the normal ones -----------------------------------------------------------------------------------
+
+
+def test_faded_states_are_zero_in_a_call_alone():
+    """An impulse at the first token, and exp(-20) of it left at every token."""
+    length = 12
+    x = torch.zeros(1, 16, length)
+    x[..., 0] = 1.0
+    ones = torch.ones(1, 1, length)
+    y = ssm_ops.selective_scan(x, torch.ones_like(x), torch.full((16, 1), -20.0), ones, ones, impl="cpu")
+    want = torch.exp(-20.0 * torch.arange(length, dtype=torch.float64))
+    normal = want > torch.finfo(torch.float32).tiny
+    assert 0 < normal.sum() < length - 2
+    torch.testing.assert_close(y[0, :, normal].double(), want[normal].expand(16, -1), rtol=1e-5, atol=0)
+    assert y[0, :, ~normal].abs().max() < torch.finfo(torch.float32).tiny
+    small = torch.full((3,), 1e-40)
+    assert torch.equal(small * 1, small) and small.max() > 0

@@ -23,7 +23,10 @@
 static void run(const ConvArguments& a, void (*block)(const ConvArguments&, int64_t, int64_t)) {
     const int64_t blocks = (a.dim + baseline::W - 1) / baseline::W;
 #pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t i = 0; i < a.batch * blocks; i++) block(a, i / blocks, i % blocks);
+    for (int64_t i = 0; i < a.batch * blocks; i++) {
+        const FadeToZero fade;
+        block(a, i / blocks, i % blocks);
+    }
 }
 
 // Channels-last tokens, forward: parts of the tokens of a sample are the tasks.
@@ -39,6 +42,7 @@ static void run_tokens(const ConvArguments& a) {
     const int64_t parts = (a.length + some - 1) / some;
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t i = 0; i < a.batch * parts; i++) {
+        const FadeToZero fade;
         const int64_t first = i % parts * some;
         tokens(a, taps.data(), bias.data(), padded, i / parts, first, first + some < a.length ? first + some : a.length);
     }

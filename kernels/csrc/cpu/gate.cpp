@@ -29,7 +29,10 @@ static const char* run(const GateArguments& a, const Check& c, void (*rows)(cons
     if (c.problem()) return c.problem();
     constexpr int64_t some = 64;
 #pragma omp parallel for schedule(static) num_threads(a.threads)
-    for (int64_t first = 0; first < a.rows; first += some) rows(a, first, first + some < a.rows ? first + some : a.rows);
+    for (int64_t first = 0; first < a.rows; first += some) {
+        const FadeToZero fade;
+        rows(a, first, first + some < a.rows ? first + some : a.rows);
+    }
     return nullptr;
 }
 

@@ -57,6 +57,7 @@ static bool each(const NcSsdArguments& a, int64_t tasks, void (*task)(const NcSs
     int failed = 0;
 #pragma omp parallel num_threads(a.threads) reduction(| : failed)
     {
+        const FadeToZero fade;
         float* memory = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * floats));
         failed = memory == nullptr;
 #pragma omp for schedule(static)

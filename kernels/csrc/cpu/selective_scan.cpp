@@ -60,7 +60,10 @@ SSM_EXPORT const char* selective_scan_forward(const ScanArguments* arguments) {
     const int64_t blocks = blocks_of(a), all = a.batch * a.groups * blocks;
     const auto forward_block = SSM_BEST(forward_block);
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
-    for (int64_t i = 0; i < all; i++) forward_block(a, i / (a.groups * blocks), i / blocks % a.groups, i % blocks);
+    for (int64_t i = 0; i < all; i++) {
+        const FadeToZero fade;
+        forward_block(a, i / (a.groups * blocks), i / blocks % a.groups, i % blocks);
+    }
     return nullptr;
 }
 
@@ -83,6 +86,7 @@ SSM_EXPORT const char* selective_scan_backward(const ScanArguments* arguments) {
     const auto backward_block = SSM_BEST(backward_block);
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t i = 0; i < all; i++) {
+        const FadeToZero fade;
         const int64_t part = i / (a.batch * a.groups), g = i % a.groups, b = i / a.groups % a.batch;
         float* dB = a.dB + i * a.state * a.length;
         float* dC = a.dC + i * a.state * a.length;

@@ -53,6 +53,7 @@ static const char* run(const Ss2dArguments& a, void (*part)(const Ss2dArguments&
     int failed = 0;
 #pragma omp parallel num_threads(a.threads) reduction(| : failed)
     {
+        const FadeToZero fade;
         float* memory = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * floats));
         failed = memory == nullptr;
 #pragma omp for schedule(dynamic)
