@@ -94,7 +94,7 @@ def test_operators_know_their_siblings_only_to_be_made_of_them():
             if rest and sibling in operators - {own}:
                 assert not inside, f"{path}: {name} reaches into an operator"
                 found.setdefault(f"{own}/{'/'.join(rest)}", set()).add(sibling)
-    assert len(operators) == 9 and found == COMPOSITIONS
+    assert len(operators) == 10 and found == COMPOSITIONS
 
 
 def test_from_a_logit_to_a_launch_are_four_files_and_two_for_all_operators():

@@ -38,4 +38,4 @@ def test_changelog_names_every_operator():
     text = (ROOT / "CHANGELOG.md").read_text()
     assert re.findall(r"^## \[(.+?)\]", text, flags=re.MULTILINE)[0] == "Unreleased"
     operators = {name for name in ssm_ops.__all__ if (ROOT / "kernels/ssm_ops" / name).is_dir()}
-    assert len(operators) == 8 and all(f"`{name}`" in text for name in operators)
+    assert len(operators) == 9 and all(f"`{name}`" in text for name in operators)

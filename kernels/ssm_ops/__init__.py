@@ -7,6 +7,7 @@ from .add_norm import add_norm
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
 from .cross_scan import cross_merge, cross_scan
+from .depthwise_conv import depthwise_conv
 from .nc_ssd import nc_ssd
 from .selective_scan import selective_scan
 from .silu_gate import silu_gate
@@ -21,6 +22,7 @@ __all__ = [
     "causal_conv1d",
     "cross_merge",
     "cross_scan",
+    "depthwise_conv",
     "flop_formulas",
     "fvcore_handles",
     "is_transformed",

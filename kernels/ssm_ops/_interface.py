@@ -125,6 +125,15 @@ class ConvArguments(ctypes.Structure):
     ]
 
 
+class DepthwiseArguments(ctypes.Structure):
+    _fields_ = [
+        ("x", Rows),
+        *_fields(Buffer, "weight", "bias", "out"),
+        *_fields(c_int64, "batch", "height", "width", "dim"),
+        *_fields(c_int32, "silu", "threads"),
+    ]
+
+
 class GateArguments(ctypes.Structure):
     _fields_ = [
         *_fields(Buffer, "y", "out", "dout", "dy", "dz"),
@@ -237,7 +246,7 @@ _SHARED |= {str(dtype).removeprefix("torch.").upper(): code for dtype, code in D
 
 _CPU_STRUCTURES = (
     *(Map, StateMap, Rows, ScanArguments, ConvArguments),
-    *(GateArguments, NormArguments, CrossArguments, Ss2dArguments, NcSsdArguments),
+    *(DepthwiseArguments, GateArguments, NormArguments, CrossArguments, Ss2dArguments, NcSsdArguments),
 )
 
 AGREED = {

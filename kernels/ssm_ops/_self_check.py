@@ -21,6 +21,7 @@ from .add_norm import add_norm
 from .bidirectional_scan import bidirectional_scan
 from .causal_conv1d import causal_conv1d
 from .cross_scan import cross_merge, cross_scan
+from .depthwise_conv import depthwise_conv
 from .nc_ssd import nc_ssd
 from .selective_scan import selective_scan
 from .silu_gate import silu_gate
@@ -132,6 +133,11 @@ def _convolution(batch, dim, length, **options) -> Problem:
     return Problem(causal_conv1d, {"x": (batch, dim, length), "weight": (dim, 4), "bias": (dim,)}, (), options)
 
 
+def _depthwise(batch, height, width, dim, **options) -> Problem:
+    tensors = {"x": (batch, height, width, dim), "weight": (dim, 1, 3, 3), "bias": (dim,)}
+    return Problem(depthwise_conv, tensors, ("weight", "bias"), options, derivatives=False)
+
+
 def _norm(*size: int, **options) -> Problem:
     channels = size[-1:]
     tensors = {"x": size, "branch": size, "weight": channels, "bias": channels}
@@ -166,6 +172,7 @@ PROBLEMS: dict[str, tuple[Problem, ...]] = {
     "causal_conv1d": (_convolution(2, 5, 77), _convolution(1, 32, 128, activation="silu", reverse=True)),
     "silu_gate": (Problem(silu_gate, {"y": (2, 7, 77), "z": (2, 7, 77)}, options={"scale": 0.5}),),
     "add_norm": (_norm(2, 7, 77), _norm(1, 64, 32, rms=True)),
+    "depthwise_conv": (_depthwise(2, 5, 7, 20), _depthwise(1, 16, 16, 32, activation="silu")),
 }
 
 

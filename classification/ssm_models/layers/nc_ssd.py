@@ -16,12 +16,10 @@ from torch import Tensor
 
 from ssm_ops import nc_ssd, ssd_chunk_scan
 
-from .conv import DepthwiseConv, depthwise_activated
+from .conv import DepthwiseConv, depthwise_silu
 from .linear import Linear
 from .norm import normed
 from .ssm_init import reset_dt_bias_, reset_head_decay_
-
-_SILU = nn.SiLU()
 
 
 class NCSSD(nn.Module):
@@ -93,7 +91,7 @@ class NCSSD(nn.Module):
         """(B, H, W, C) -> the same."""
         height, width = x.shape[1:3]
         gate, xBC, dt = self.in_proj(x).split(self.proj_sizes, dim=-1)
-        xBC = depthwise_activated(self.conv2d, _SILU, xBC)
+        xBC = depthwise_silu(self.conv2d, xBC)
         x, B, C = xBC.flatten(1, 2).split(self.conv_sizes, dim=-1)
         y = self._mix(
             x.unflatten(2, (-1, self.headdim)),

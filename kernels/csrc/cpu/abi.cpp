@@ -22,6 +22,7 @@ extern "C" SSM_EXPORT const Agreement* ssm_ops_abi() {
         {"Rows", sizeof(Rows)},
         {"ScanArguments", sizeof(ScanArguments)},
         {"ConvArguments", sizeof(ConvArguments)},
+        {"DepthwiseArguments", sizeof(DepthwiseArguments)},
         {"GateArguments", sizeof(GateArguments)},
         {"NormArguments", sizeof(NormArguments)},
         {"CrossArguments", sizeof(CrossArguments)},

@@ -15,6 +15,16 @@ SSM_INLINE NativeUnsigned choose(NativeInts which, NativeUnsigned yes, NativeUns
     return ((NativeUnsigned)which & yes) | (~(NativeUnsigned)which & no);
 }
 
+// Between shorts and integers: compilers do not make one instruction of a conversion to or from 512 bits.
+#if SSM_HAS_TARGETS && SSM_NATIVE == 16
+SSM_INLINE NativeUnsigned widen(const void* from, int part) {
+    return (NativeUnsigned)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from) + part));
+}
+
+SSM_INLINE void narrow(void* to, int part, NativeUnsigned x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to) + part, _mm512_cvtepi32_epi16((__m512i)x));
+}
+#else
 SSM_INLINE NativeUnsigned widen(const void* from, int part) {
     NativeShorts x;
     std::memcpy(&x, static_cast<const uint16_t*>(from) + part * NATIVE, sizeof(x));
@@ -25,6 +35,7 @@ SSM_INLINE void narrow(void* to, int part, NativeUnsigned x) {
     const NativeShorts y = __builtin_convertvector(x, NativeShorts);
     std::memcpy(static_cast<uint16_t*>(to) + part * NATIVE, &y, sizeof(y));
 }
+#endif
 
 SSM_INLINE Lanes load(const Bfloat16* from) {
     Lanes x;
@@ -41,6 +52,18 @@ SSM_INLINE void store(Bfloat16* to, Lanes x) {
     }
 }
 
+#if SSM_HAS_TARGETS && SSM_NATIVE == 16
+SSM_INLINE Lanes load(const Float16* from) {
+    Lanes x;
+    x.v[0] = (Native)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return x;
+}
+
+SSM_INLINE void store(Float16* to, Lanes x) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)x.v[0], nearest));
+}
+#else
 SSM_INLINE Lanes load(const Float16* from) {
     Lanes x;
     SSM_PARTS {
@@ -66,6 +89,7 @@ SSM_INLINE void store(Float16* to, Lanes x) {
         narrow(to, i, (bits >> 16 & 0x8000) | half);
     }
 }
+#endif
 
 // `count` elements, the other lanes 0; the first `count` lanes.
 template <typename E>

@@ -59,6 +59,14 @@ struct ConvArguments {
 
 // The convolution of channels-last tokens, forward, takes and gives float16 and bfloat16, too.
 
+struct DepthwiseArguments {
+    Rows x;                                   // (B, H, W, C)
+    Buffer<const float> weight, bias;         // (C, 3, 3), (C) or absent
+    Buffer<void> out;                         // (B, H, W, C), of its own dtype
+    int64_t batch, height, width, dim;
+    int32_t silu, threads;
+};
+
 struct GateArguments {
     Buffer<void> y, out, dout, dy, dz;        // (rows, D), all of one dtype
     const void* z;                            // (rows, D), z_row numbers from row to row

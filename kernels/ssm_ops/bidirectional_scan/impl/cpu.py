@@ -1,4 +1,4 @@
-"""The bidirectional scan by the compiled CPU library: an image of one row with two routes, each over a map of its own."""
+"""The bidirectional scan by the compiled CPU library: an image of one row, two routes, each over a map of its own."""
 
 from __future__ import annotations
 

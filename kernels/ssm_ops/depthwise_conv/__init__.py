@@ -1,0 +1,3 @@
+from .api import depthwise_conv
+
+__all__ = ["depthwise_conv"]
