@@ -4,8 +4,9 @@ Every cell of the table is one round of turns: a group of models, one precision,
 the machine hits all of them, and their ratio means something where a time alone would not. Per group the first model is
 1; a ratio above 1 is faster. Images are 224 x 224 in channels_last, random, and so are the weights.
 
-Ways to run: "eager"; "prepared", by `ssm_models.for_inference`; "compiled", by torch.compile with frozen
-weights, one image in float32, which is what timm publishes of its models.
+Ways to run: "eager"; "prepared", by `ssm_models.for_inference`; "int8", linear layers in eight bits by PyTorch's
+`quantize_dynamic`, everything else in float32; "compiled", by torch.compile with frozen weights, one image in float32,
+which is what timm publishes of its models.
 timm's models run eager in the rounds of "prepared", too, as there is nothing to prepare. bfloat16 is autocast.
 "training" is forward, cross-entropy and backward in train mode, without stochastic depth.
 
@@ -26,8 +27,9 @@ from models import create, infer, train
 from output import legend_beside, panels, write_csv, write_picture
 from timing import measure
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 
-from ssm_models import for_inference
+from ssm_models import for_inference, plain_layers
 from ssm_models.layers.onednn import problem
 
 GROUPS = {
@@ -35,8 +37,10 @@ GROUPS = {
     "tokens": ("deit_tiny_patch16_224", "vim_tiny_patch16_224"),
 }
 DTYPES = (torch.float32, torch.bfloat16)
-WAYS = ("eager", "prepared", "compiled", "training")
-BATCHES = {"eager": (1, 8), "prepared": (1, 8), "compiled": (1,), "training": (8,)}
+BATCHES = {"eager": (1, 8), "prepared": (1, 8), "int8": (1, 8), "compiled": (1,), "training": (8,)}
+WAYS = tuple(BATCHES)
+SINGLE = ("int8", "compiled")
+"""Of these ways there is one precision."""
 COLUMNS = ("cpu", "threads", "torch", "way", "dtype", "batch", "model", "baseline", "ratio", "median_ms", "fastest_ms")
 # Of an operator's name in the profile, the first that fits.
 KINDS = {
@@ -87,6 +91,9 @@ def runner(model: nn.Module, way: str, dtype: torch.dtype, images: torch.Tensor)
     model = model.eval()
     if way == "compiled":
         return functools.partial(compiled_step, torch.compile(model), images, dtype)
+    if way == "int8":
+        layers = plain_layers(model) if ours else model
+        return functools.partial(infer, quantize_dynamic(layers, {nn.Linear}, dtype=torch.qint8), images, torch.float32)
     if way == "prepared" and ours:
         return functools.partial(infer, for_inference(model, dtype), images, torch.float32)
     return functools.partial(infer, model, images, dtype)
@@ -104,7 +111,7 @@ def compiled_step(model: Callable, images: torch.Tensor, dtype: torch.dtype) -> 
 def cells(args: argparse.Namespace) -> Iterator[tuple[tuple[str, ...], str, torch.dtype, int]]:
     groups = [tuple(args.models)] if args.models else [GROUPS[name] for name in args.groups]
     for names, way in itertools.product(groups, args.ways):
-        for dtype, batch in itertools.product(DTYPES[:1] if way == "compiled" else DTYPES, BATCHES[way]):
+        for dtype, batch in itertools.product(DTYPES[:1] if way in SINGLE else DTYPES, BATCHES[way]):
             if _name(dtype) not in args.dtypes or batch not in args.batches:
                 continue
             missing = problem(dtype) if way == "prepared" else None
@@ -174,8 +181,8 @@ def kind_of(operator: str) -> str:
 
 
 def print_profile(name: str, args: argparse.Namespace) -> None:
-    """Percent of a model's own time by group of operators, for every way but the compiled one."""
-    for way, dtype in itertools.product([way for way in args.ways if way != "compiled"], DTYPES):
+    """Percent of a model's own time by group of operators, for every way in both precisions."""
+    for way, dtype in itertools.product([way for way in args.ways if way not in SINGLE], DTYPES):
         if way == "prepared" and problem(dtype) is not None:
             continue
         images = torch.randn(8, 3, args.size, args.size).to(memory_format=torch.channels_last)

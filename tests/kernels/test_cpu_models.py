@@ -36,7 +36,8 @@ def script(monkeypatch):
 
 @pytest.mark.parametrize("lacks", [False, True], ids=["bfloat16", "none"])
 def test_every_cell_compares_its_models_in_the_same_turns(script, lacks, tmp_path, monkeypatch, capsys):
-    options = ["--models", "vmamba_nano", "vim_nano", "--size", "32", "--turns", "1", "--ways", "prepared", "training"]
+    options = ["--models", "vmamba_nano", "vim_nano", "--size", "32", "--turns", "1", "--ways"]
+    options += ["prepared", "int8", "training"]
     measured, times = [], importlib.import_module("timing").Times
 
     def measure(runs, turns, device):
@@ -51,10 +52,10 @@ def test_every_cell_compares_its_models_in_the_same_turns(script, lacks, tmp_pat
         pytest.skip("this processor has no bfloat16")
     script.main([*options, "--out", str(tmp_path)])
     rows = rows_of(tmp_path / "cpu-models.csv")
-    cells = 4 if lacks else 6  # prepared in two batches, training in one, two precisions
+    cells = 6 if lacks else 8  # prepared in two batches, training in one, two precisions; int8 in two batches
     assert measured == [["vmamba_nano", "vim_nano"]] * cells
     assert [row["ratio"] for row in rows] == ["1.000", "0.333"] * cells
-    assert capsys.readouterr().out.count("left out: no units") == 6 - cells
+    assert capsys.readouterr().out.count("left out: no units") == 8 - cells
     assert {row["baseline"] for row in rows} == {"vmamba_nano"} and {row["cpu"] for row in rows} == {script.cpu_name()}
     assert (tmp_path / "cpu-models.png").read_bytes().startswith(b"\x89PNG")
 
