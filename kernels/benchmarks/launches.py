@@ -44,6 +44,7 @@ class Launch:
     channels: int  # tokens * channels of the operator
     states: int  # of a channel, 1 where there are none
     trips: tuple[int, ...]  # turns of the hot loop and of those around it, the outermost first
+    beside: int  # turns of each loop beside the hot one
     source: tuple  # what the compiler takes
     widest: int = 16  # bytes of an access that strides and length permit
     tile: Expected | None = None
@@ -198,6 +199,11 @@ LOOPS: dict[str, Callable[[dict], tuple[int, ...]]] = {
 }
 """Turns of the loops of a Triton kernel, from its arguments by name. Kernels that are absent have none."""
 
+BESIDE: dict[str, Callable[[dict], int]] = dict.fromkeys(
+    ("route_scan_fwd_kernel", "route_scan_bwd_kernel"), lambda a: triton.cdiv(a["rank"], a["BR"])
+)
+"""Turns of the loops beside the hot one, likewise. Those of kernels that are absent count once."""
+
 
 @contextlib.contextmanager
 def _recorded(module, shape: Shape, dtype: torch.dtype, multiprocessors: int, made: list[Launch]) -> Iterator[None]:
@@ -218,6 +224,7 @@ def _recorded(module, shape: Shape, dtype: torch.dtype, multiprocessors: int, ma
                 warps=num_warps,
                 tensors=tensors,
                 trips=trips,
+                beside=BESIDE[kernel.__name__](a) if kernel.__name__ in BESIDE else 1,
                 source=source,
             )
         )
@@ -240,6 +247,7 @@ def _recorded(module, shape: Shape, dtype: torch.dtype, multiprocessors: int, ma
                 warps=warps,
                 tensors=tensors,
                 trips=(tiles, *states),
+                beside=1,
                 source=(f"selective_scan_{direction}", lanes),
                 tile=tile,
                 widest=math.gcd(RUN, u.shape[2]) * u.element_size(),

@@ -229,9 +229,14 @@ class _Way:
 
 
 def turn(
-    loop: Loop, all_blocks: dict[int, Block], chain: list[Loop], widest: int, path: Expected | None = None
+    loop: Loop,
+    all_blocks: dict[int, Block],
+    chain: list[Loop],
+    widest: int,
+    path: Expected | None = None,
+    beside: int = 1,
 ) -> list[Instruction]:
-    """What a thread executes in one turn of `loop`, loops within it once, without those of `chain`.
+    """What a thread executes in one turn of `loop`: loops within it `beside` times, without those of `chain`.
 
     `widest`: bytes of an access to global memory. ValueError where there is no such path.
     """
@@ -244,7 +249,7 @@ def turn(
     for at in _from_last(place[start], place, all_blocks, loop):
         if at in inner:
             once = () if any(inner[at] is c for c in chain) else turn(inner[at], all_blocks, chain, widest)
-            mine = _Way(1, 0, 0, 0, tuple(once))
+            mine = _Way(1, 0, 0, 0, tuple(once) * beside)
             onward = {(mine, place[to]) for b in inner[at].body for to in all_blocks[b].after if to in place}
             last = [mine] if inner[at].body & loop.ends else []
         else:
@@ -309,12 +314,16 @@ def _from_last(start: int, place: dict[int, int], all_blocks: dict[int, Block], 
 
 
 def executed(
-    code: list[Instruction], trips: tuple[int, ...], widest: int = 32, tile: Expected | None = None
+    code: list[Instruction],
+    trips: tuple[int, ...],
+    widest: int = 32,
+    tile: Expected | None = None,
+    beside: int = 1,
 ) -> tuple[Counter, Counter]:
     """(of the innermost hot loop, of everything): how often a thread executes instructions, by (class, name).
 
     `trips`: turns of the loops around and including the hot one, the outermost first; what the compiler has unrolled
-    may lack at the end. `tile`: the path through the outermost. `widest`: as in `turn`.
+    may lack at the end. `tile`: the path through the outermost. `widest`, `beside`: as in `turn`.
     """
     all_blocks = blocks(code)
     whole = nest(all_blocks)
@@ -325,7 +334,7 @@ def executed(
     turns = 1
     for level, loop in enumerate([whole, *chain]):
         turns *= trips[level - 1] if level else 1
-        once = turn(loop, all_blocks, chain, widest, tile if level == 1 else None)
+        once = turn(loop, all_blocks, chain, widest, tile if level == 1 else None, beside)
         counted = Counter({key: n * turns for key, n in Counter((i.kind, i.name) for i in once).items()})
         total += counted
     return counted, total

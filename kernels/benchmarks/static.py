@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def row(launch: Launch, binary: Binary, capability: int, gpu: Gpu | None) -> dict:
     """One line of the table; `gpu` None where no GPU of the capability is in GPUS."""
-    hot, total = executed(binary.code, launch.trips, launch.widest, launch.tile)
+    hot, total = executed(binary.code, launch.trips, launch.widest, launch.tile, launch.beside)
     threads, work = launch.warps * WARP, launch.channels * launch.states
     per_item = launch.grid * threads / work
     of_class = Counter({name: sum(n for (kind, _), n in hot.items() if kind == name) for name in CLASSES})

@@ -46,6 +46,9 @@ REGISTERS = {"forward": 168, "backward": 255}
 MANY_PROGRAMS = 264
 """So many programs keep a large GPU busy, two per multiprocessor; routes are walked side by side to reach it."""
 
+RANKS_AT_A_TIME = 16
+"""The least that a product of Triton's takes. With 32 the backward kept up to 512 bytes of a thread in memory."""
+
 TOKENS_OF_RUN = {"forward": 4, "backward": 3, "interpreter": 2}
 """log2 of RUN: the backward has fewer registers left, the interpreter prefers few operations on much."""
 
@@ -136,7 +139,7 @@ def plan(
         "N": n_state,
         "ROUTES": routes,
         "BD": block,
-        "BR": 16 if rank <= 16 else 32,
+        "BR": RANKS_AT_A_TIME,
         "LOG_K": log_k,
         "LOG_R": log_r,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32x3",

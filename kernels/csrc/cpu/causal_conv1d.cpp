@@ -48,6 +48,14 @@ static void run_tokens(const ConvArguments& a) {
     }
 }
 
+// Do the channels of a token lie side by side?
+static bool by_tokens(const ConvArguments& a) { return a.channels_last && a.x.channel == 1 && a.x.repeat == 1; }
+
+// Half precision is taken as it is there, and nowhere else.
+static int64_t dtype_of(const ConvArguments& a) {
+    return by_tokens(a) && is_floating(a.x.dtype) ? a.x.dtype : int64_t(FLOAT32);
+}
+
 // What both directions read.
 static Check check(const ConvArguments& a, int64_t dtype) {
     Check c;
@@ -62,20 +70,20 @@ extern "C" {
 
 SSM_EXPORT const char* causal_conv1d_forward(const ConvArguments* arguments) {
     const ConvArguments& a = *arguments;
-    const bool tokens = a.channels_last && a.x.channel == 1 && a.x.repeat == 1;
-    const int64_t type = a.x.dtype;
-    Check c = check(a, tokens && (type == FLOAT16 || type == BFLOAT16) ? type : int64_t(FLOAT32));
+    const int64_t type = dtype_of(a);
+    Check c = check(a, type);
     c.buffer("out", a.out, type, a.batch * a.dim * a.length);
     if (c.problem()) return c.problem();
-    tokens ? run_tokens(a) : run(a, SSM_BEST(forward_block));
+    by_tokens(a) ? run_tokens(a) : run(a, SSM_BEST(forward_block));
     return c.problem();
 }
 
 SSM_EXPORT const char* causal_conv1d_backward(const ConvArguments* arguments) {
     const ConvArguments& a = *arguments;
-    Check c = check(a, FLOAT32);
-    check_map(c, "dout", a.dout, a.batch, a.dim, a.length);
-    c.buffer("dx", a.dx, FLOAT32, a.batch * a.dim * a.length);
+    const int64_t type = a.dout.channel == 1 ? dtype_of(a) : int64_t(FLOAT32);
+    Check c = check(a, type);
+    check_map(c, "dout", a.dout, a.batch, a.dim, a.length, type);
+    c.buffer("dx", a.dx, type, a.batch * a.dim * a.length);
     c.buffer("dweight", a.dweight, FLOAT32, a.batch * a.dim * a.taps);
     c.buffer("dbias", a.dbias, FLOAT32, a.batch * a.dim);
     if (!c.problem()) run(a, SSM_BEST(backward_block));

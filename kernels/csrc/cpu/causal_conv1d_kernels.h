@@ -6,10 +6,11 @@
 
 #include "lanes.h"
 #include "tiles.h"
+#include "elements.h"
 
 using Args = ConvArguments;
 
-constexpr int TOKENS = 256;  // of a window
+constexpr int TOKENS = 64;  // of a window: four of them fit the first-level cache
 
 // The channels of a block and its taps, (K, W).
 struct Block {
@@ -41,7 +42,13 @@ SSM_INLINE void load_window(float* window, const Args& a, const Map& map, const 
         return;
     }
     std::memset(window, 0, sizeof(float) * W * from);
-    load_tile(window + from * W, map, k.b, k.first, k.lanes, start + from, static_cast<int>(to - from));
+    if (map.channel == 1) {
+        const int64_t place = k.b * map.batch + k.first + start * map.time;
+        for (int64_t t = from; t < to; t++)
+            store(window + t * W, load_any(map.data, map.dtype, place + t * map.time, k.lanes));
+    } else {
+        load_tile(window + from * W, map, k.b, k.first, k.lanes, start + from, static_cast<int>(to - from));
+    }
     std::memset(window + to * W, 0, sizeof(float) * W * (count - to));
 }
 
@@ -59,12 +66,17 @@ SSM_INLINE void convolve(float* y, const float* window, const Args& a, const Blo
     }
 }
 
-// Tokens start .. start + count of a result in its layout.
-SSM_INLINE void store_result(const Args& a, float* to, const Block& k, int64_t start, const float* tile, int64_t count) {
-    if (a.channels_last)
-        store_tile_last(to + (k.b * a.length + start) * a.dim + k.first, a.dim, tile, k.lanes, static_cast<int>(count));
-    else
-        store_tile(to + (k.b * a.dim + k.first) * a.length + start, a.length, tile, k.lanes, static_cast<int>(count));
+// Tokens start .. start + count of a result in its layout; channels-last ones may be of half precision.
+SSM_INLINE void store_result(
+    const Args& a, const Buffer<float>& to, const Block& k, int64_t start, const float* tile, int64_t count) {
+    if (a.channels_last) {
+        const int64_t place = (k.b * a.length + start) * a.dim + k.first;
+        for (int64_t t = 0; t < count; t++)
+            store_any(to.data, to.dtype, place + t * a.dim, load(tile + t * W), k.lanes);
+    } else {
+        float* rows = to.data + (k.b * a.dim + k.first) * a.length + start;
+        store_tile(rows, a.length, tile, k.lanes, static_cast<int>(count));
+    }
 }
 
 #include "causal_conv1d_rows.h"

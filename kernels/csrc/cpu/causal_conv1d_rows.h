@@ -2,8 +2,6 @@
 // each, so that memory is read in order and a token's neighbours are still in the cache. Included by
 // causal_conv1d_kernels.h.
 
-#include "elements.h"
-
 // taps: (K, D'), bias: (D'), with D filled up to D', whole groups
 template <typename E>
 static void forward_tokens_of(

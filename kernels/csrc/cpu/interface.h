@@ -57,7 +57,7 @@ struct ConvArguments {
     int32_t silu, reverse, channels_last, threads;
 };
 
-// The convolution of channels-last tokens, forward, takes and gives float16 and bfloat16, too.
+// The convolution of channels-last tokens takes and gives float16 and bfloat16, too: x, out, dout and dx alike.
 
 struct DepthwiseArguments {
     Rows x;                                   // (B, H, W, C)

@@ -45,12 +45,3 @@ SSM_INLINE void store_tile(float* rows, int64_t length, const float* tile, int l
             for (int t = 0; t < tokens; t++) rows[c * length + t] = tile[t * W + c];
     }
 }
-
-// rows[t][c] = tile[t][c]: into a contiguous (time, channel) tensor of `dim` channels.
-SSM_INLINE void store_tile_last(float* rows, int64_t dim, const float* tile, int lanes, int tokens) {
-    if (lanes == W) {
-        for (int t = 0; t < tokens; t++) store(rows + t * dim, load(tile + t * W));
-    } else {
-        for (int t = 0; t < tokens; t++) std::memcpy(rows + t * dim, tile + t * W, sizeof(float) * lanes);
-    }
-}

@@ -1,6 +1,6 @@
 """Causal convolution by the compiled CPU library (csrc/cpu/causal_conv1d.cpp).
 
-Half precision is converted around it, but in the forward of channels-last tokens, which takes it as it is.
+Half precision is converted around it, but with channels-last tokens, which are taken as they are.
 
 Shapes: B batch, D channels, L length, K taps.
 """
@@ -18,8 +18,9 @@ from ..api import is_channels_last, result_like
 def _run(direction: str, x, weight, bias, silu: bool, reverse: bool, dout=None, **results: Tensor) -> None:
     dim, taps = weight.shape
     # names, because copies must live until the call is over
-    native = direction == "forward" and is_channels_last(x)
-    given, dout = x if native else x.float(), None if dout is None else dout.float()
+    given = x if is_channels_last(x) else x.float()
+    if dout is not None:
+        dout = dout.to(x.dtype).mT.contiguous().mT if is_channels_last(x) else dout.float()
     parameters = [None if t is None else t.float().contiguous() for t in (weight, bias)]
     a = ConvArguments(Map.of(given, dim), Map.of(dout, dim), *map(Buffer.of, parameters))
     for name, t in results.items():
@@ -43,7 +44,7 @@ def forward(x, weight, bias, silu: bool, reverse: bool) -> Tensor:
 
 def backward(dout, x, weight, bias, silu: bool, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.backward`."""
-    dx = result_like(x, "cpu", torch.float32)
+    dx = result_like(x, "cpu", x.dtype if is_channels_last(x) else torch.float32)
     dweight = x.new_empty((x.shape[0], *weight.shape), dtype=torch.float32)
     dbias = x.new_empty(x.shape[:2], dtype=torch.float32)
     _run("backward", x, weight, bias, silu, reverse, dout, dx=_memory(dx), dweight=dweight, dbias=dbias)
