@@ -37,9 +37,9 @@ _TIMM_POOLS = {"mean": "avg", "all": ""}
 
 
 class VimBlock(nn.Module):
-    """residual + drop_path(hidden), then hidden = mixer(norm(residual)): the addition comes before the norm.
+    """residual = residual + drop_path(hidden), then hidden = mixer(norm(residual)).
 
-    drop_path therefore drops the hidden state of the *previous* block.
+    The addition comes first, so what drop_path drops is the output of the *previous* block.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, norm: nn.Module, drop_path: float, residual_in_fp32: bool):
@@ -73,36 +73,43 @@ class VimBlock(nn.Module):
 
 
 class VisionMamba(TokenModel):
-    """Vim.
+    """Vim: patches and class tokens as one sequence, blocks with a bidirectional scan over it, a norm and a classifier.
 
     Args:
-        img_size: of the images that the position embedding is learned for, a number or (H, W). Others work too.
-        patch_size, stride: of the patches, in pixels.
-        depth: blocks.
+        img_size: size in pixels, a number or (H, W), of the images that the position embedding is learned for. Images
+            of other sizes work, too.
+        patch_size, stride: size of a patch, and the way from one patch to the next, in pixels.
+        depth: number of blocks.
         embed_dim: C.
-        d_state: of the mixers, see `BiMamba`, as `bimamba_type`, `if_divide_out`, `init_layer_scale`.
-        in_chans, num_classes: as in timm; 0 classes for features.
-        ssm_cfg: further arguments of the mixers.
+        d_state, bimamba_type, if_divide_out, init_layer_scale: of the mixers, see `BiMamba`.
+        in_chans, num_classes: as in timm; with 0 classes the model gives features.
+        ssm_cfg: further arguments of the mixers, by name.
         drop_rate: dropout after the position embedding.
-        drop_path_rate: of the last block, growing linearly from 0.
-        norm_epsilon, rms_norm: of all norms; RMSNorm or LayerNorm.
-        residual_in_fp32: keep the residual stream in float32 at least.
-        pt_hw_seq_len: side of the grid that rotary positions are counted on.
-        if_bidirectional: run blocks in pairs, the second one over the reversed sequence, and add the two.
-        final_pool_type: without a class token: "none" takes the last patch, "mean" and "max" all patches (max over
-            their logits), "all" gives logits of every token, (B, L, classes). Or a name of `global_pool`.
-        if_abs_pos_embed: learned position embedding.
-        if_rope, if_rope_residual: rotate the hidden state, and also the residual stream, before every block.
-        flip_img_sequences_ratio: probability of reversing the sequence (while training; from 1 on always).
+        drop_path_rate: of the output of the last block. It grows linearly from 0.
+        norm_epsilon: of all norms.
+        rms_norm: whether norms are RMSNorm; else LayerNorm.
+        residual_in_fp32: keep the residual stream in float32 (or float64), whatever the dtype of the weights.
+        pt_hw_seq_len: side of the grid on which rotary positions are 0, 1, 2, ...; other grids are scaled to it.
+        if_bidirectional: run blocks in pairs, the second one over the reversed sequence, and add their results.
+        final_pool_type: pooling of a model without class tokens. "none" takes the last patch, "mean" the mean of all
+            patches, "max" the highest logits of all patches; "all" gives the logits of every token, (B, L, classes).
+            The names of `global_pool` are understood, too.
+        if_abs_pos_embed: add a learned position embedding.
+        if_rope: rotate the hidden state by rotary positions before every block; if_rope_residual: with it the residual
+            stream.
+        flip_img_sequences_ratio: probability that the sequence is reversed in training. From 1 on it always is, in
+            evaluation, too.
         if_bimamba: the same as bimamba_type="v1".
-        if_cls_token, use_middle_cls_token, use_double_cls_token: whether there are class tokens and where: double (head
-            and tail, averaged) before middle before head.
-        cls_mode: instead of the two `use_` flags: "middle", "head", "tail", "double" or "random" (anywhere while
-            training, in the middle else).
+        if_cls_token: whether there are class tokens.
+        use_double_cls_token, use_middle_cls_token: where they are: one at the head and one at the tail, averaged after
+            the blocks; or else one in the middle; with neither flag one at the head.
+        cls_mode: the place by its name, in place of the two flags: "middle", "head", "tail", "double", or "random"
+            (anywhere in training, in the middle in evaluation).
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
-        global_pool: timm's name for the pooling, also beside class tokens: "token"; over the patches "avg" or "mean",
-            "max" (of their logits, as published), "avgmax", "catavgmax", "none" (the last one); "" or "all" for every
-            token. None leaves it to the class token and `final_pool_type`.
+        global_pool: the pooling by timm's names, with or without class tokens. "token" takes the class tokens. "avg" or
+            "mean", "max" (the highest logits, as published), "avgmax" and "catavgmax" pool the patches. "none" takes
+            the last patch. "" or "all" keeps every token. None: the class tokens where there are any, else
+            `final_pool_type`.
         scan_impl: implementation of the scan, see `BiMamba`.
         device, dtype: of parameters and buffers, as in PyTorch's layers.
     """

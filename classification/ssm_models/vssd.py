@@ -1,7 +1,7 @@
 """VSSD: a hierarchical vision backbone of non-causal state space duality (NC-SSD) blocks, with attention in the end.
 
 Shi et al. 2024, "VSSD: Vision Mamba with Non-Causal State Space Duality" (https://arxiv.org/abs/2407.18559), and its
-second generation of ICCV 2025, whose blocks mix by `LinearNCSSD` (the base model is that of 2024 in both).
+second generation of ICCV 2025, whose blocks have the mixer `LinearNCSSD` (but its base model is the one of 2024).
 State-dict keys are those of the published checkpoints, which load as they are.
 
 Shapes: B batch, C channels, H W map; inside, maps are (B, H, W, C).
@@ -39,7 +39,7 @@ ATTN_TYPES = ("mamba2", "standard")
 class VSSDBlock(nn.Module):
     """x + cpe1(x); + drop_path(attn(norm1(x))); + cpe2(x); + drop_path(mlp(norm2(x))).
 
-    cpe: conditional position encoding, a depthwise convolution. attn: NC-SSD or self-attention.
+    cpe: conditional position encoding, a depthwise convolution. attn: the mixer, NC-SSD or self-attention.
     """
 
     def __init__(
@@ -74,27 +74,29 @@ class VSSDBlock(nn.Module):
 
 
 class VSSD(PyramidModel):
-    """VSSD.
+    """VSSD: a stem, stages of `VSSDBlock` with downsampling between them, then norm, pooling and classifier.
 
     Args:
-        in_chans, num_classes: as in timm; 0 classes for features.
+        in_chans, num_classes: as in timm; with 0 classes the model gives features.
         embed_dim: channels of the first stage, doubled from stage to stage.
-        depths: blocks of every stage.
-        num_heads: heads of every stage, of NC-SSD and attention alike.
+        depths: number of blocks, one per stage.
+        num_heads: heads of the mixers, one number per stage, for NC-SSD and for attention.
         attn_types: mixer of every stage, "mamba2" (NC-SSD) or "standard" (self-attention).
         mlp_ratio: hidden channels of the MLP per channel.
         drop_rate: dropout in the MLP.
-        drop_path_rate: of the last block, growing linearly from 0 at the first.
+        drop_path_rate: of the last block. It grows linearly from 0 at the first one.
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
-        d_state, ssd_expansion, ssd_ngroups, ssd_chunk_size, ssd_positive_dA, linear_attn_duality, bidirection: of the
-            mixer: d_state, expand, ngroups, chunk_size, and the others by the same name, see `NCSSD`. d_state is one
-            for all stages, or a sequence of one per stage (stages of attention have no use for theirs).
-        simple_patch_embed, simple_downsample: the plainer stem and downsampling of the ablation.
-        rmt_patch_embed, rmt_downsample: stem and downsampling of the second generation, see `RMTStem`.
-        ssd_linear_norm: the mixer of the second generation, `LinearNCSSD`, which is neither causal nor negative.
-        exp_da, rope: parts of that mixer, see there what is certain about them; not without `ssd_linear_norm`.
+        d_state: of the mixer, see `NCSSD`: one number for all stages, or one per stage (of stages with attention it is
+            not used).
+        ssd_expansion, ssd_ngroups, ssd_chunk_size: `expand`, `ngroups` and `chunk_size` of `NCSSD`.
+        ssd_positive_dA, linear_attn_duality, bidirection: of `NCSSD`, by the same names.
+        simple_patch_embed, simple_downsample: take the plainer stem and downsampling of the paper's ablation.
+        rmt_patch_embed, rmt_downsample: take the stem and downsampling of the second generation, see `RMTStem`.
+        ssd_linear_norm: take the mixer of the second generation, `LinearNCSSD`. It has no causal, bidirectional or
+            negative form.
+        exp_da, rope: parts of `LinearNCSSD`, which says what is certain about them; an error with another mixer.
         global_pool: of the head, as in timm.
-        scan_impl: implementation of the operators, see `ssm_ops`; "reference" writes attention out, too.
+        scan_impl: implementation of the operators, see `ssm_ops`. With "reference", attention is plain PyTorch, too.
         device, dtype: of parameters and buffers, as in PyTorch's layers.
     """
 

@@ -38,7 +38,10 @@ _MIXERS = {"v": SS2D, "xv": SS2DXv, "m0": SS2DM0}
 
 @register_notrace_module
 class VSSBlock(nn.Module):
-    """x + drop_path(op(norm(x))), then x + drop_path(mlp(norm2(x))); either branch may be absent."""
+    """x + drop_path(op(norm(x))), then x + drop_path(mlp(norm2(x))); `op` or `mlp` may be absent (None).
+
+    op: the mixer, a 2-D selective scan.
+    """
 
     def __init__(
         self,
@@ -76,7 +79,7 @@ class VSSBlock(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """norm -> pool -> dropout -> linear, of which pool and linear (`head`) are the model's to set."""
+    """norm -> pool -> dropout -> linear. The model sets `pool` and the linear layer, `head`."""
 
     def __init__(self, norm: nn.Module, drop_rate: float, output_fmt: str):
         super().__init__()
@@ -90,25 +93,28 @@ class ClassifierHead(nn.Module):
 
 
 class VSSM(PyramidModel):
-    """VMamba.
+    """VMamba: a stem, stages of `VSSBlock` with downsampling between them, and a head of norm, pooling and classifier.
 
     Args:
-        patch_size: stride of the stem.
-        in_chans, num_classes: as in timm; 0 classes for features.
-        depths: blocks of every stage.
-        dims: channels of every stage, or of the first one, doubled from stage to stage.
+        patch_size: stride of the stem in pixels.
+        in_chans, num_classes: as in timm; with 0 classes the model gives features.
+        depths: number of blocks, one per stage.
+        dims: channels, one number per stage; or the channels of the first stage, doubled from stage to stage.
         ssm_d_state, ssm_ratio, ssm_dt_rank, ssm_act_layer, ssm_conv, ssm_conv_bias, ssm_drop_rate, ssm_init,
-            forward_type: of the mixer, see `SS2D`, `SS2DXv`, `SS2DM0`; ssm_ratio <= 0 removes the mixer.
-        mlp_ratio, mlp_act_layer, mlp_drop_rate, gmlp: of the MLP; mlp_ratio <= 0 removes it.
-        drop_path_rate: of the last block, growing linearly from 0 at the first.
-        patch_norm: norms in the stem.
-        norm_layer: "ln" (computes in NHWC), "ln2d" or "bn" (compute in NCHW).
-        downsample_version: "v1", "v2", "v3" or "none".
-        patchembed_version: "v1" or "v2".
+            forward_type: of the mixer, see `SS2D`, `SS2DXv`, `SS2DM0`; forward_type chooses one of the three. With
+            ssm_ratio <= 0 blocks have no mixer.
+        mlp_ratio, mlp_act_layer, mlp_drop_rate, gmlp: of the MLP. With mlp_ratio <= 0 blocks have no MLP.
+        drop_path_rate: of the last block. It grows linearly from 0 at the first one.
+        patch_norm: whether the stem has norms.
+        norm_layer: "ln" for LayerNorm on maps (B, H, W, C); "ln2d" for LayerNorm or "bn" for BatchNorm on (B, C, H, W).
+        downsample_version: "v1" merges patches as Swin does, "v2" is a 2x2 convolution of stride 2, "v3" a 3x3 one,
+            "none" keeps the resolution.
+        patchembed_version: stem of one convolution, "v1", or of two that overlap, "v2".
         use_checkpoint: recompute blocks in the backward pass instead of keeping their activations.
-        posembed: learned absolute position embedding for images of `imgsize`, resized for others.
+        posembed: add a learned absolute position embedding. It has the size for images of `imgsize` pixels, and is
+            resized for others.
         global_pool, drop_rate: of the head, as in timm.
-        ssm_initial_state: `initial_state` of `SS2DM0`, no other mixer has it.
+        ssm_initial_state: `initial_state` of `SS2DM0`; an error with another mixer.
         scan_impl: implementation of the scans, see `ssm_ops`.
         device, dtype: of parameters and buffers, as in PyTorch's layers.
     """

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .autodiff import to_channels_last
 from .conv import ConvNormAct
-from .conv2d import Conv2d
+from .conv2d import Conv2d, activated
 from .onednn import is_plain, unwatched
 
 
@@ -111,7 +111,15 @@ class RMTStem(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(to_channels_last(x)).permute(0, 2, 3, 1)
+        return self._convolve(to_channels_last(x)).permute(0, 2, 3, 1)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        norms = self.proj[1::3]
+        if not all(isinstance(norm, nn.Identity) for norm in norms) or not unwatched(self.proj, *norms):
+            return self.proj(x)
+        for conv, act in zip(self.proj[:-3:3], self.proj[2::3], strict=True):
+            x = activated(conv, act, x)
+        return self.proj[-2](x)
 
     def fuse(self) -> RMTStem:
         """Itself, with the running statistics folded into the convolutions; for a module in eval mode."""

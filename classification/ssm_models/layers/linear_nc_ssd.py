@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_ops import nc_ssd
+from ssm_ops import nc_ssd, runs_eagerly
 
-from .map_rope import rotate, rotations
+from .map_rope import kept_rotations, rotate, rotations
 from .nc_ssd import NCSSD, at_least_float32
 
 EPS = 1e-6
@@ -74,7 +74,10 @@ class LinearNCSSD(NCSSD):
         A = -torch.ones_like(D)
         y = nc_ssd(x, w, A, *rotated, bfloat16_products=True, out_dtype=D.dtype, impl=self.impl)
         norm = self._normaliser(w, k, q)
-        return torch.addcmul(y / (norm + self.eps), D[:, None], x.to(y.dtype)).to(self.D.dtype)
+        x = x.to(y.dtype)
+        if runs_eagerly(y, norm, D):  # y and norm are new, and nobody else has them
+            return y.div_(norm.add_(self.eps)).addcmul_(D[:, None], x).to(self.D.dtype)
+        return torch.addcmul(y / (norm + self.eps), D[:, None], x).to(self.D.dtype)
 
     def _normaliser(self, w: Tensor, k: Tensor, q: Tensor) -> Tensor:
         """sum_s w_s (q_t . k_s), (B, L, h, 1): as many channels of one head as heads share keys, which is faster than
@@ -88,15 +91,18 @@ class LinearNCSSD(NCSSD):
         """(B, L, h) -> weights, in float32 at least."""
         d = F.softplus(at_least_float32(dt) + self.dt_bias) * at_least_float32(self.A_log).exp()
         if self.exp_da:
-            return (
-                d.transpose(-2, -1).softmax(2).transpose(-2, -1)
-            )  # several times as fast along numbers that lie side by side
+            # several times as fast along numbers that lie side by side
+            return d.transpose(-2, -1).softmax(2).transpose(-2, -1)
         return d / (d.amax(1, keepdim=True) * d.shape[1])
 
     def _rotated(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if not self.rope:
             return x
-        return rotate(x.unflatten(1, grid), *rotations(*grid, x.shape[3], like=x)).flatten(1, 2)
+        if runs_eagerly(x):
+            tables = kept_rotations(*grid, x.shape[3], x.device, x.dtype)
+        else:
+            tables = rotations(*grid, x.shape[3], like=x)
+        return rotate(x.unflatten(1, grid), *tables).flatten(1, 2)
 
 
 def _elu_plus_1(x: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ pairs turn with the row, the others with the column, pair k of each by 10000^(-k
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,14 @@ def rotations(height: int, width: int, features: int, like: Tensor) -> tuple[Ten
         return torch.cat([rows[:, None].expand(shape), columns[None].expand(shape)], dim=2)
 
     return of_tokens(rows.cos(), columns.cos()), of_tokens(rows.sin(), columns.sin())
+
+
+@functools.lru_cache(maxsize=32)
+def kept_rotations(
+    height: int, width: int, features: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`rotations`, formed once for every size, for calls of which nobody wants a derivative."""
+    return rotations(height, width, features, torch.empty(0, device=device, dtype=dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

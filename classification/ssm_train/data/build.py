@@ -1,5 +1,8 @@
 """Data loaders for a config, with checks that name what is wrong."""
 
+import atexit
+import functools
+import weakref
 from pathlib import Path
 
 import torch
@@ -94,9 +97,25 @@ def close_workers(*loaders: DataLoader) -> None:
             loader._iterator._shutdown_workers()
 
 
+_LOADERS: weakref.WeakSet[DataLoader] = weakref.WeakSet()
+
+
+def closed_at_exit(loader: DataLoader) -> DataLoader:
+    """The loader. Where somebody holds it to the end, as a traceback does, its workers end before Python does: that
+    would send them SIGTERM, which they hold back for a minute (`leave_signals_to_trainer`), and wait."""
+    _close_at_exit()
+    _LOADERS.add(loader)
+    return loader
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    atexit.register(lambda: close_workers(*_LOADERS))
+
+
 def _loader(cfg: CN, dataset: Dataset[Sample], sampler: TrainBatches | EvalBatches, world: World) -> DataLoader:
     workers = cfg.DATA.NUM_WORKERS
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -108,3 +127,4 @@ def _loader(cfg: CN, dataset: Dataset[Sample], sampler: TrainBatches | EvalBatch
         # the loader draws a seed for its workers, which ours do not use; a generator of its own spares the global one
         generator=torch.Generator(),
     )
+    return closed_at_exit(loader)
