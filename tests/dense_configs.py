@@ -1,7 +1,10 @@
 """What the tests of detection's and segmentation's published configs share: configs read once, models counted once."""
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
+
+import pytest
 
 from ssm_mm.config import read_config
 from ssm_mm.flops import DenseCard, dense_card
@@ -12,6 +15,14 @@ ROOT = Path(__file__).parents[1]
 def model_of(stem: str) -> str:
     """The backbone in the name of a config, "vmamba-tiny-s1l8"."""
     return stem.split("_")[1]
+
+
+ONE_OF_A_FAMILY = {"vanilla-vmamba-tiny", "vmamba-tiny-s1l8", "vssd-tiny", "vssd-tiny-iccv2025", "vim-tiny"}
+
+
+def families(names: Iterable[str]) -> list:
+    """Backbones as test parameters: one of a family, and the others, which differ in sizes alone, marked `full`."""
+    return [name if name in ONE_OF_A_FAMILY else pytest.param(name, marks=pytest.mark.full) for name in names]
 
 
 class Configs:

@@ -56,10 +56,10 @@ class Outline(NamedTuple):
     """Of the model, by name."""
 
 
-def trace(model: nn.Module, size: tuple[int, int], channels: int = 3, any_size: bool = False) -> Outline:
-    """The graph of `model`, in evaluation mode, for images (B, channels, *size) with any B; with `any_size` for any H
-    and W, too."""
-    images, free = graph.example(size, channels, any_size)
+def trace(model: nn.Module, size: tuple[int, int], channels: int = 3) -> Outline:
+    """The graph of `model`, in evaluation mode and of `graph.with_operators`, for images (B, channels, H, W) with any
+    B, H and W; `size` is the usual one."""
+    images, free = graph.example(size, channels), (0, 2, 3)
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, REPEATED)}
     calls = _calls(model, blocks, images)
     of_kind: dict[object, list[str]] = {}
@@ -80,7 +80,7 @@ def trace(model: nn.Module, size: tuple[int, int], channels: int = 3, any_size: 
         sizes.append(([_differing(*pair) for pair in pairs], [None] * len(weights)))
     nodes = {path: (blocks[path], calls[path]) for paths in shared for path in paths}
     with _as_nodes(nodes), _together(model, run):
-        program = graph.export(model, (images, given), (dict.fromkeys(free, Dim.DYNAMIC), sizes), any_size)
+        program = graph.export(model, (images, given), (dict.fromkeys(free, Dim.DYNAMIC), sizes), any_size=True)
     return Outline(program, kinds, model.state_dict())
 
 
@@ -207,37 +207,37 @@ def put_together(model: ModelProto, outline: Outline) -> ModelProto:
     """The converted `outline.program` -> the model, from images to logits, with its weights and all of its blocks."""
     inputs, outputs = iter(list(model.graph.input)), iter(list(model.graph.output))
     images, logits = next(inputs), next(outputs)
+    constants = {tensor.name for tensor in model.graph.initializer}
     call_of = {}
     for number, kind in enumerate(outline.kinds):
         given = [next(inputs).name for _ in range(kind.tensors + len(kind.weights))]
         results = [next(outputs).name for _ in range(kind.results)]
         name, nodes = f"{BLOCK}_{number}", _needed(model, results)
-        model.functions.append(helper.make_function(DOMAIN, name, given, results, nodes, model.opset_import))
-        call_of |= dict.fromkeys(kind.paths, (name, kind.weights))
-    nodes = _needed(model, [logits.name], constants=False)
+        shared = sorted(constants.intersection(name for node in nodes for name in node.input))
+        model.functions.append(helper.make_function(DOMAIN, name, given + shared, results, nodes, model.opset_import))
+        call_of |= dict.fromkeys(kind.paths, (name, kind.weights, shared))
+    nodes = _needed(model, [logits.name])
     for node in nodes:
         if (node.domain, node.op_type) == (DOMAIN, BLOCK):
             path = node.attribute[0].s.decode()
-            node.op_type, names = call_of[path]
+            node.op_type, names, shared = call_of[path]
             del node.attribute[:]
             for name in (f"{path}.{name}" for name in names):
                 node.input.append(name)
                 model.graph.initializer.append(numpy_helper.from_array(outline.weights[name].numpy(), name))
+            node.input.extend(shared)
     for kept, field in ((nodes, model.graph.node), ([images], model.graph.input), ([logits], model.graph.output)):
         del field[:]
         field.extend(kept)
     return inline_local_functions(model)
 
 
-def _needed(model: ModelProto, results: list[str], constants: bool = True) -> list[NodeProto]:
-    """Copies of the nodes that make `results`, in their order; with `constants` also nodes for the model's own."""
+def _needed(model: ModelProto, results: list[str]) -> list[NodeProto]:
+    """Copies of the nodes that make `results`, in their order."""
     wanted, found = set(results), []
     for node in reversed(model.graph.node):
         if wanted.intersection(node.output):
             wanted.update(node.input)
             found.append(NodeProto())
             found[-1].CopyFrom(node)
-    if constants:
-        own = (tensor for tensor in model.graph.initializer if tensor.name in wanted)
-        found += [helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in own]
     return found[::-1]

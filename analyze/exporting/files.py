@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +66,21 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def compile_package(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write a package of AOTInductor. It is machine code, for processors like this one."""
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    """Write a package of AOTInductor. It is machine code, for processors like this one.
+
+    Raises UserError where it cannot be compiled.
+    """
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, of its own parts
+        package = Path(folder, "model.pt2")
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        except RuntimeError as error:  # of the compiler, too, whose output may be long
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"AOTInductor could not compile the model ({reason:.300}); it needs a C++ compiler: CXX names it"
+            ) from error
+        shutil.copyfile(package, path)  # by Python, as above: PyTorch's own writer ends the process on a full disk
 
 
 def load_compiled(path: Path) -> Runner:

@@ -13,6 +13,8 @@ from torch.export import Dim, ExportedProgram
 from ssm_models.layers.bimamba import BiMamba
 from ssm_models.layers.nc_ssd import NCSSD
 from ssm_models.layers.ss2d import SS2D
+from ssm_models.layers.ss2d_m0 import SS2DM0
+from ssm_models.layers.ss2d_xv import SS2DXv
 from ssm_models.layers.stem import PatchMerging
 from ssm_ops import _native
 from ssm_train.common.errors import UserError
@@ -35,9 +37,9 @@ def with_operators(model: nn.Module) -> nn.Module:
     if _native.PROBLEMS["cpu"] is not None:
         raise UserError(f"an export in which scans are nodes is made beside {_native.PROBLEMS['cpu']}")
     for module in model.modules():
-        if isinstance(module, NCSSD) and not module.causal:
+        if isinstance(module, (NCSSD, SS2DM0)):
             module.impl = "auto"
-        elif isinstance(module, SS2D):
+        elif isinstance(module, (SS2D, SS2DXv)):
             module.impl = "cpu"
         elif isinstance(module, BiMamba):
             module.impl = module.side_impl = "cpu"
@@ -60,26 +62,19 @@ class _AnySizeMerging(PatchMerging):
         return self.reduction(self.norm(x))
 
 
-def fits_any_size(model: nn.Module) -> bool:
-    """Whether `with_operators` has brought all scans of `model` to nodes, which do not depend on the size."""
-    return all(getattr(module, "impl", None) != "reference" for module in model.modules())
+def trace(model: nn.Module, size: tuple[int, int], channels: int = 3) -> ExportedProgram:
+    """The graph of `model`, in evaluation mode, for images (B, channels, *size) with any B."""
+    images = torch.zeros(2, channels, *size)
+    return export(model, (images,), ({0: Dim.DYNAMIC},), any_size=False)
 
 
-def example(size: tuple[int, int], channels: int = 3, any_size: bool = False) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Images (2, channels, H, W) to trace on, and which of their dimensions are free."""
-    if not any_size:
-        return torch.zeros(2, channels, *size), (0,)
-    # A size that no position embedding was learned for, so that the graph resizes it, and large enough for the last map
-    # of a model to have several rows and columns: what is 1 in a trace stays 1.
-    height, width = max(size[0] + 32, 96), max(size[1] + 64, 160)
-    return torch.zeros(2, channels, height, width), (0, 2, 3)
+def example(size: tuple[int, int], channels: int = 3) -> torch.Tensor:
+    """Images (2, channels, H, W) to trace on for any H and W.
 
-
-def trace(model: nn.Module, size: tuple[int, int], channels: int = 3, any_size: bool = False) -> ExportedProgram:
-    """The graph of `model`, in evaluation mode, for images (B, channels, *size) with any B; with `any_size` for any
-    H and W, too."""
-    images, free = example(size, channels, any_size)
-    return export(model, (images,), (dict.fromkeys(free, Dim.DYNAMIC),), any_size)
+    Of a size that no position embedding was learned for, so that the graph resizes it, and large enough for the last
+    map of a model to have several rows and columns: what is 1 in a trace stays 1.
+    """
+    return torch.zeros(2, channels, max(size[0] + 32, 96), max(size[1] + 64, 160))
 
 
 def export(model: nn.Module, given: tuple, free: tuple, any_size: bool) -> ExportedProgram:

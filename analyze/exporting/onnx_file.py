@@ -32,13 +32,12 @@ def check_opset(opset: int | None) -> None:
         raise UserError(f"--opset {opset} is not from {OPSETS[0]} to {OPSETS[-1]}")
 
 
-def convert(outline: Outline, opset: int | None = None, any_size: bool = True) -> ModelProto:
+def convert(outline: Outline, opset: int | None = None) -> ModelProto:
     """Images (batch, C, H, W) -> logits (batch, classes), with the weights in it, and scans as nodes of our own.
 
     Args:
         outline: of `blocks.trace`.
         opset: version of the standard operators, of `OPSETS`; None is the last one.
-        any_size: was it traced for any height and width?
 
     Raises:
         UserError: an `opset` of another time.
@@ -65,7 +64,7 @@ def convert(outline: Outline, opset: int | None = None, any_size: bool = True) -
         node.name = f"{node.op_type}_{number}"
         del node.metadata_props[:]  # PyTorch's notes on where in the source a node comes from
     del model.graph.metadata_props[:], model.graph.value_info[:]
-    free = {0: "batch"} | ({2: "height", 3: "width"} if any_size else {})
+    free = {0: "batch", 2: "height", 3: "width"}
     for value, names in ((model.graph.input[0], free), (model.graph.output[0], {0: "batch"})):
         for d, name in names.items():
             value.type.tensor_type.shape.dim[d].dim_param = name

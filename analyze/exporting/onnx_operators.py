@@ -1,7 +1,7 @@
 """The operators of `ssm_ops` as nodes of an ONNX graph, in a domain of their own.
 
 The nodes are what kernels/csrc/onnxruntime computes: float32 only, channels innermost, so that the transposes around
-them meet and vanish. portable.py has the same in standard operators. NC-SSD, two matrix products, is written in these
+them meet and vanish. portable.py has the same in standard operators. What standard_operators.py has is written in these
 from the start.
 
 Shapes: B batch, D channels, H W map, L tokens, N state, R rank of the step sizes, G groups, K taps.
@@ -18,6 +18,8 @@ from onnxscript import values
 
 import ssm_ops.onnxruntime
 from ssm_ops._common import route_bits
+
+from .standard_operators import cross_merge, cross_scan, nc_ssd, silu_gate, ssd_chunk_scan, unused
 
 DOMAIN = ssm_ops.onnxruntime.DOMAIN
 BLOCK = "Block"
@@ -53,11 +55,6 @@ def _node(name: str, *inputs, **attributes: int):
     return ours(*inputs, **attributes, version=ssm_ops.onnxruntime.VERSION)
 
 
-def _unused(like):
-    """In the place of results for the backward pass, which no graph uses."""
-    return op.Identity(like)
-
-
 def _zeros(count: int):
     return op.Expand(op.Constant(value_float=0.0), op.Constant(value_ints=[count]))
 
@@ -69,11 +66,11 @@ def _ss2d_scan(x, proj, dt_weight, A, D, dt_bias, scans, **_flags):
     columns, backwards = route_bits(scans)
     tokens = op.Transpose(x, perm=[0, 2, 3, 1])
     y = _node("SS2DScan", tokens, proj, dt_weight, A, D, dt_bias, columns=columns, backwards=backwards)
-    return op.Transpose(y, perm=[0, 3, 1, 2]), _unused(A)
+    return op.Transpose(y, perm=[0, 3, 1, 2]), unused(A)
 
 
 def _bidirectional_scan(x_forward, x_backward, proj, dt_weight, A, D, dt_bias, **_flags):
-    return _node("BidirectionalScan", x_forward, x_backward, proj, dt_weight, A, D, dt_bias), _unused(A)
+    return _node("BidirectionalScan", x_forward, x_backward, proj, dt_weight, A, D, dt_bias), unused(A)
 
 
 def _selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, **_flags):
@@ -84,7 +81,7 @@ def _selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, **_flag
     y = _node("SelectiveScan", u, delta, A, B, C, D, delta_bias, softplus=int(delta_softplus))
     if z is not None:
         y = op.Mul(y, op.Mul(z, op.Sigmoid(z)))
-    return y, _unused(A), _unused(A)
+    return y, unused(A), unused(A)
 
 
 def _causal_conv1d(x, weight, bias, silu, reverse, **_flags):
@@ -92,11 +89,6 @@ def _causal_conv1d(x, weight, bias, silu, reverse, **_flags):
     tokens = op.Transpose(x, perm=[0, 2, 1])
     y = _node("CausalConv1d", tokens, weight, bias, silu=int(silu), reverse=int(reverse))
     return op.Transpose(y, perm=[0, 2, 1])
-
-
-def _silu_gate(y, z, scale, **_flags):
-    gated = op.Mul(y, op.Mul(z, op.Sigmoid(z)))
-    return gated if scale == 1 else op.Mul(gated, op.Constant(value_float=scale))
 
 
 def _block(tensors, path, results):
@@ -114,43 +106,16 @@ def _block(tensors, path, results):
     return [made] if results == 1 else list(made)
 
 
-def _nc_ssd(x, dt, A, B, C, D, dt_bias, dt_softplus, positive, **_flags):
-    """Heads in groups: (B, L, H, P) -> (B, G, L, E * P), head e * G + g in group g; with one group nothing moves."""
-    (heads, width), groups = x.shape[2:], B.shape[2]
-    each = heads // groups
-
-    def ints(*numbers: int):
-        return op.Constant(value_ints=list(numbers))
-
-    def to_groups(t, width: int):
-        if groups == 1:
-            return op.Reshape(t, ints(0, 1, -1, each * width))  # a batch of 0 is none
-        t = op.Transpose(op.Reshape(t, ints(0, -1, each, groups, width)), perm=[0, 3, 1, 2, 4])
-        return op.Reshape(t, ints(0, groups, -1, each * width))
-
-    step = dt if dt_bias is None else op.Add(dt, dt_bias)
-    step = op.Softplus(step) if dt_softplus else step
-    weight = op.Mul(step, op.Neg(A) if positive else A)
-    weighted = to_groups(op.Mul(op.Unsqueeze(weight, ints(3)), x), width)
-    keys, queries = (op.Transpose(t, perm=perm) for t, perm in ((B, [0, 2, 3, 1]), (C, [0, 2, 1, 3])))
-    y = op.MatMul(queries, op.MatMul(keys, weighted))  # (B, G, L, E * P)
-    if groups == 1:
-        y = op.Reshape(y, ints(0, -1, heads, width))
-    else:
-        y = op.Transpose(op.Reshape(y, ints(0, groups, -1, each, width)), perm=[0, 2, 3, 1, 4])
-        y = op.Reshape(y, ints(0, -1, heads, width))
-    if D is not None:
-        y = op.Add(y, op.Mul(x, op.Reshape(D, ints(heads, -1))))
-    return y, _unused(A)
-
-
 _TRANSLATIONS = {
     "ss2d_scan_fwd": _ss2d_scan,
     "bidirectional_scan_fwd": _bidirectional_scan,
     "selective_scan_fwd": _selective_scan,
     "causal_conv1d_fwd": _causal_conv1d,
-    "nc_ssd_fwd": _nc_ssd,
-    "silu_gate_fwd": _silu_gate,
+    "nc_ssd_fwd": nc_ssd,
+    "ssd_chunk_scan_fwd": ssd_chunk_scan,
+    "cross_scan": cross_scan,
+    "cross_merge": cross_merge,
+    "silu_gate_fwd": silu_gate,
 }
 
 

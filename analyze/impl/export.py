@@ -5,7 +5,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +76,11 @@ def suffix_of(path: Path) -> str:
     raise UserError(f"--out {path} does not end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
 
 
+def report_of(path: Path) -> Path:
+    """The JSON beside a file."""
+    return path.with_name(f"{path.name}.json")
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -94,34 +99,25 @@ def write_onnx(
     scan: str,
     opset: int | None = None,
     weights: str = "float32",
-    calibration: Path | None = None,
+    calibration: Sequence[np.ndarray] | None = None,
     in_float32: bool = False,
 ) -> Written:
-    """An ONNX file of `task`, checked; int8 if a folder of images is given to find the ranges from, and then with
+    """An ONNX file of `task`, checked; int8 if images (1, C, H, W) are given to find the ranges from, and then with
     `in_float32` also a runner without that."""
-    images = None if calibration is None else calibration_images(calibration, task)
     custom = scan == "custom"
     if custom:
         files.session_options(custom)  # before the work: is there a library?
-    model = task.plain()
-    operators = graph.with_operators(model)
-    any_size = graph.fits_any_size(operators)
-    if not any_size:
-        if custom:
-            raise UserError(f"--scan custom: the library has no operator for the scans of {task.name}")
-        print(f"{task.name} has scans that are written out for one size: the file takes no other", file=sys.stderr)
-        model = task.plain()
-    outline = blocks.trace(model, task.size, task.decoder.channels, any_size)
-    converted = onnx_file.convert(outline, opset, any_size)
+    outline = blocks.trace(graph.with_operators(task.plain()), task.size, task.decoder.channels)
+    converted = onnx_file.convert(outline, opset)
     load = partial(files.load_onnx, custom=custom)
     beside = None
     if in_float32:
         with tempfile.TemporaryDirectory() as folder:
             onnx.save_model(onnx_file.finish(copied(converted), scan), Path(folder, "float32.onnx"))
             beside = load(Path(folder, "float32.onnx"))
-    quantise = None if images is None else partial(int8.quantise, images=images)
+    quantise = None if calibration is None else partial(int8.quantise, images=calibration)
     write = partial(onnx.save_model, onnx_file.finish(converted, scan, weights, quantise))
-    return Written(*files.write_checked(path, write, load, task.eager, task.batches(any_size), task.tolerance), beside)
+    return Written(*files.write_checked(path, write, load, task.eager, task.batches(True), task.tolerance), beside)
 
 
 def copied(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -146,12 +142,16 @@ def write_compiled(task: Task, path: Path) -> Written:
     return Written(*files.write_checked(path, write, files.load_compiled, task.eager, batches, task.tolerance))
 
 
-def calibration_images(folder: Path, task: Task) -> Iterator[np.ndarray]:
-    """Up to `_MOST` images of a folder as input (1, C, H, W), evenly spread. Raises UserError where there are none."""
+def calibration_files(folder: Path, decoder: Decoder) -> image_files.Readable:
+    """Up to `_MOST` images of a folder, evenly spread. Raises UserError where there are none."""
     paths = image_files.find_images([folder])
-    paths = paths[:: max(len(paths) // _MOST, 1)][:_MOST]
-    readable = image_files.Readable(paths, task.decoder)
-    return (image_files.to_tensor(image, task.name, task.size).numpy() for _, image in readable)
+    count = min(len(paths), _MOST)
+    return image_files.Readable([paths[number * len(paths) // count] for number in range(count)], decoder)
+
+
+def calibration_images(files: image_files.Readable, name: str, size: tuple[int, int]) -> list[np.ndarray]:
+    """As input (1, C, H, W) of the model `name`. Raises UserError where none can be read."""
+    return [image_files.to_tensor(image, name, size).numpy() for _, image in files]
 
 
 # ---- what is said of them -------------------------------------------------------------------------------------------
@@ -210,6 +210,9 @@ def command(args: argparse.Namespace) -> int:
     kinds = [suffix_of(path) for path in paths]
     for path in paths:
         inputs.check_writable(path)
+        inputs.check_writable(report_of(path))
+        if paths.count(path) > 1:
+            raise UserError(f"--out names {path} twice")
     form = "float32" if args.int8 is None else "int8"
     if args.weights != "float32":
         if form == "int8":
@@ -217,8 +220,11 @@ def command(args: argparse.Namespace) -> int:
         form = args.weights
     if form != "float32" and set(kinds) != {".onnx"}:
         raise UserError(f"--weights and --int8 are for .onnx files, not for {paths[0]}")
-
+    if (args.scan, args.opset) != ("portable", None) and ".onnx" not in kinds:
+        raise UserError(f"--scan and --opset are for .onnx files, not for {paths[0]}")
     onnx_file.check_opset(args.opset)
+    tolerance = TOLERANCES[form] if args.tolerance is None else args.tolerance
+    inputs.at_least(0, tolerance=tolerance)
 
     load = partial(inputs.load_model, name, args.checkpoint, args.which, args.allow_nonfinite)
     eager = load()
@@ -228,7 +234,8 @@ def command(args: argparse.Namespace) -> int:
     photographs = dict(files_given) or image_files.sample_images(decoder)
     inputs.check_image_size(eager, name, size, decoder.channels)
     names = names_of_classes(eager.num_classes, args.checkpoint, args.classes)
-    tolerance = TOLERANCES[form] if args.tolerance is None else args.tolerance
+    files_to_calibrate = None if args.int8 is None else calibration_files(args.int8, decoder)
+    calibration = None if files_to_calibrate is None else calibration_images(files_to_calibrate, name, size)
     plain = partial(graph.plain_model, load, eager.state_dict())
     task = Task(name, eager, plain, size, decoder, photographs.values(), tolerance)
     labelled = None
@@ -242,7 +249,7 @@ def command(args: argparse.Namespace) -> int:
         started = time.monotonic()
         if kind == ".onnx":
             beside = args.int8 is not None and labelled is not None
-            written = write_onnx(task, path, args.scan, args.opset, args.weights, args.int8, beside)
+            written = write_onnx(task, path, args.scan, args.opset, args.weights, calibration, beside)
         else:
             written = (write_pt2 if kind == ".pt2" else write_compiled)(task, path)
         taken = time.monotonic() - started
@@ -261,7 +268,7 @@ def command(args: argparse.Namespace) -> int:
             of_file["top1"] = {who: round(each.top1, 2) for who, each in found.items()}
             for who, each in found.items():
                 print(f"{who:<20} top-1 {each.top1:.2f}% of {each.images} images, {each.per_second:.1f} images/s")
-        report = path.with_name(f"{path.name}.json")
+        report = report_of(path)
         write_atomic(report, describe(task, names, args.checkpoint, written.differences, of_file))
         print(f"exported in {taken:.0f} s", path, report, sep="\n")
-    return files_given.status
+    return max(files_given.status, 0 if files_to_calibrate is None else files_to_calibrate.status)

@@ -21,7 +21,7 @@ from ssm_train.common.errors import UserError
 from ssm_train.common.fileio import folder_lock, sync_folder, write_atomic, write_synced
 from ssm_train.common.preemption import leave_signals_to_trainer
 from ssm_train.config.defaults import check_config, default_config
-from ssm_train.data.build import scan_split
+from ssm_train.data.build import closed_at_exit, scan_split
 from ssm_train.data.dataset import Batch, EvalImages, collate
 from ssm_train.data.samplers import Key
 from ssm_train.data.sources import ImageSource
@@ -78,8 +78,9 @@ def extract(
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_trainer,
+        persistent_workers=workers > 0,
     )
-    loaded = iter(loader)
+    loaded = iter(closed_at_exit(loader))
     for number in missing:
         rows = [_rows(model, next(loaded)) for _ in range(0, len(shards[number]), batch)]
         tensors = {key: torch.cat([row[key] for row in rows]) for key in ("features", "targets", "indices")}

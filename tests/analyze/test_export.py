@@ -2,10 +2,12 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -46,12 +48,12 @@ def task(name: str, tolerance: float = 1e-4, **kwargs) -> impl.Task:
 MODELS = [pytest.param(n, marks=[] if n in ("vmamba_nano", "vim_nano") else pytest.mark.full) for n in SMALL]
 
 
-@pytest.mark.parametrize("name", MODELS[:-1])
+@pytest.mark.parametrize("name", MODELS)
 def test_onnx_files_of_both_forms(name, tmp_path):
     """One graph: in standard operators for any runtime, and for our library; other batches and sizes than the traced
     one, odd ones, too. The checker has nothing to say, nor has its inference of shapes."""
     of = task(name)
-    proto = onnx_file.convert(blocks.trace(graph.with_operators(of.plain()), of.size, any_size=True))
+    proto = onnx_file.convert(blocks.trace(graph.with_operators(of.plain()), of.size))
     copy = onnx.ModelProto.FromString(proto.SerializeToString())
     sizes = [(1, 32, 32), (3, 16, 24), (2, 41, 27), (1, 24, 56)]
     batches = {str(size): torch.randn(size[0], 3, *size[1:]) for size in sizes}
@@ -64,7 +66,7 @@ def test_onnx_files_of_both_forms(name, tmp_path):
         assert [(d.batch, *d.size) for d in found] == sizes
         assert all(d.largest < 1e-5 and d.same_top1 for d in found), found
         ours = {node.domain for node in model.graph.node} - {""}
-        assert ours == (set() if scan == "portable" or "vssd" in name else {"ssm_ops"})
+        assert ours == (set() if scan == "portable" or "vssd" in name or "m2" in name else {"ssm_ops"})
         if name == "vim_nano" and scan == "custom":
             ours = [node.op_type for node in model.graph.node if node.domain]
             assert sorted(ours) == ["BidirectionalScan", "CausalConv1d", "CausalConv1d"]
@@ -90,13 +92,23 @@ def test_openvino_runs_portable_files(name, tmp_path):
 
 
 @pytest.mark.full
-def test_scans_that_are_written_out_have_one_size(tmp_path, capsys):
-    of, path = task("vmamba_tiny_m2"), tmp_path / "m2.onnx"
-    found = impl.write_onnx(of, path, "portable").differences
-    assert max(d.largest for d in found) < 1e-5 and "for one size: the file takes no other" in capsys.readouterr().err
-    assert onnxruntime.InferenceSession(path).get_inputs()[0].shape == ["batch", 3, 16, 24]
-    with pytest.raises(UserError, match="--scan custom: the library has no operator for the scans of vmamba_tiny_m2"):
-        impl.write_onnx(of, path, "custom")
+@pytest.mark.parametrize(
+    ("name", "kwargs", "ours"),
+    [
+        ("vmamba_nano", {"forward_type": "xv1a"}, {"SS2DScan"}),
+        ("vmamba_nano", {"forward_type": "xv2a_act_mul"}, {"SelectiveScan"}),
+        ("vmamba_nano", {"forward_type": "v052dc"}, {"SelectiveScan"}),
+        ("vmamba_nano", {"forward_type": "v052d_noz"}, {"SS2DScan"}),
+        ("vssd_nano", {"linear_attn_duality": False}, set()),
+    ],
+)
+def test_other_mixers(name, kwargs, ours, tmp_path):
+    """No published size has them, but the models take them: they have the same two forms, for any image size."""
+    of, path = task(name, **kwargs), tmp_path / "custom.onnx"
+    for scan in onnx_file.SCANS:
+        found = impl.write_onnx(of, path, scan).differences
+        assert max(d.largest for d in found) < 1e-5 and len({d.size for d in found}) == 3
+    assert {node.op_type for node in onnx.load_model(path).graph.node if node.domain} == ours
 
 
 @pytest.mark.parametrize(
@@ -116,7 +128,7 @@ def test_pt2_files_need_none_of_our_operators(name, tmp_path):
 def mamba() -> tuple[impl.Task, onnx.ModelProto]:
     """Wide enough for weights that are worth rounding."""
     of = task("vmamba_nano", ssm_ratio=2.0, mlp_ratio=16.0)
-    return of, onnx_file.convert(blocks.trace(graph.with_operators(of.plain()), of.size, any_size=True))
+    return of, onnx_file.convert(blocks.trace(graph.with_operators(of.plain()), of.size))
 
 
 @pytest.mark.parametrize(("weights", "worst"), [("float16", 1e-2), ("bfloat16", 1e-1)])
@@ -139,7 +151,8 @@ def test_int8_leaves_the_scans_in_float(scan, mamba, tmp_path):
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 255, (16, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    quantise = partial(int8.quantise, images=impl.calibration_images(tmp_path, of))
+    images = impl.calibration_images(impl.calibration_files(tmp_path, of.decoder), of.name, of.size)
+    quantise = partial(int8.quantise, images=images)
     model = onnx_file.finish(onnx.ModelProto.FromString(proto.SerializeToString()), scan, quantise=quantise)
     onnx.save_model(model, tmp_path / "int8.onnx")
     (_, difference), *_ = [
@@ -157,13 +170,31 @@ def test_int8_leaves_the_scans_in_float(scan, mamba, tmp_path):
     assert sum(node.op_type in ("Scan", "SS2DScan") for node in model.graph.node) == (2 if scan == "portable" else 1)
 
 
+def test_int8_leaves_products_of_activations_in_float(tmp_path):
+    """Of which VSSD's mixer and its attention are made, two each."""
+    of = task("vssd_nano")
+    model = onnx_file.convert(blocks.trace(graph.with_operators(of.plain()), of.size))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    before = [node for node in model.graph.node if node.op_type == "MatMul"]
+    images = [images.numpy() for images in torch.randn(3, 1, 3, *of.size)]
+    model = onnx_file.finish(model, "custom", quantise=partial(int8.quantise, images=images))
+    made_by = {output: node.op_type for node in model.graph.node for output in node.output}
+    quantised = [
+        [made_by.get(name) == "DequantizeLinear" for name in node.input]
+        for node in model.graph.node
+        if node.op_type == "MatMul"
+    ]
+    assert quantised == [[bool(weights.intersection(node.input))] * 2 for node in before]
+    assert quantised.count([False, False]) == 4 and quantised.count([True, True]) > 4
+
+
 DEEP = {
     "vmamba_nano": {"depths": (2, 3), "dims": 8},
     "vim_nano": {"depth": 4, "embed_dim": 16, "patch_size": 8, "stride": 8},
     "vssd_nano": {"depths": (2, 2), "num_heads": (1, 2), "attn_types": ("mamba2", "standard"), "embed_dim": 8},
 }
 # nodes of the file at most, and how many blocks there are of each kind
-SIZES_OF_GRAPHS = {"vmamba_nano": (170, [2, 3]), "vim_nano": (170, [3]), "vssd_nano": (220, [2, 2])}
+SIZES_OF_GRAPHS = {"vmamba_nano": (170, [2, 3]), "vim_nano": (170, [3]), "vssd_nano": (240, [2, 2])}
 
 
 @pytest.mark.parametrize(
@@ -174,8 +205,8 @@ def test_a_block_is_traced_once_for_all_of_its_kind(name, tmp_path, monkeypatch)
     monkeypatch.setitem(SMALL, name, DEEP[name])
     of, traced = task(name), []
     export_it = graph.export
-    monkeypatch.setattr(graph, "export", lambda *given: traced.append(export_it(*given)) or traced[-1])
-    outline = blocks.trace(graph.with_operators(of.plain()), of.size, any_size=True)
+    monkeypatch.setattr(graph, "export", lambda *given, **how: traced.append(export_it(*given, **how)) or traced[-1])
+    outline = blocks.trace(graph.with_operators(of.plain()), of.size)
     most, kinds = SIZES_OF_GRAPHS[name]
     assert len(traced) == 1 and [len(kind.paths) for kind in outline.kinds] == kinds
     calls = [str(node.target) for node in traced[0].graph.nodes if node.op == "call_function"]
@@ -191,13 +222,17 @@ def test_a_block_is_traced_once_for_all_of_its_kind(name, tmp_path, monkeypatch)
 def test_blocks_that_differ_in_more_than_weights_are_of_several_kinds():
     model = timm.create_model("vmamba_nano", num_classes=5, exportable=True, **DEEP["vmamba_nano"]).eval()
     model.layers[1].blocks[2].op.out_norm.eps = 0.5
-    outline = blocks.trace(graph.with_operators(model), (16, 24), any_size=True)
+    outline = blocks.trace(graph.with_operators(model), (16, 24))
     assert [kind.paths for kind in outline.kinds] == [[f"layers.{i}.blocks.{j}" for j in (0, 1)] for i in (0, 1)]
 
 
-def test_no_images_to_calibrate_with(tmp_path):
+def test_images_to_calibrate_with_are_evenly_spread(tmp_path):
     with pytest.raises(UserError, match="holds no images"):
-        impl.calibration_images(tmp_path, task("vmamba_nano"))
+        impl.calibration_files(tmp_path, Decoder())
+    for number in range(100):
+        (tmp_path / f"{number:02}.png").touch()
+    taken = [int(path.stem) for path in impl.calibration_files(tmp_path, Decoder()).paths]
+    assert len(taken) == len(set(taken)) == 64 and (taken[0], taken[32], taken[-1]) == (0, 50, 98)
 
 
 @pytest.mark.parametrize("opset", [12, 99])
@@ -275,6 +310,10 @@ TINY = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).
         (["--model", "vim_nano", "--int8", "nowhere", "--out", "v.onnx"], "nowhere does not exist"),
         (["--model", "vim_nano", "--int8", ".", "--out", "v.pt2"], "--weights and --int8 are for .onnx files"),
         (["--model", "vim_nano", "--opset", "12", "--out", "v.onnx"], "--opset 12 is not from 18 to 20"),
+        (["--model", "vim_nano", "--opset", "18", "--out", "v.pt2"], "--scan and --opset are for .onnx files, not for"),
+        (["--model", "vim_nano", "--scan", "custom", "--out", "v.pt2"], "--scan and --opset are for .onnx files"),
+        (["--model", "vim_nano", "--out", "v.onnx", "v.onnx"], "--out names v.onnx twice"),
+        (["--model", "vim_nano", "--tolerance", "nan"], "--tolerance nan must be at least 0"),
     ],
 )
 def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
@@ -305,6 +344,11 @@ def test_targets_that_cannot_hold_the_file(capsys, tmp_path, monkeypatch):
     folder.mkdir()
     assert export.main([*line, str(folder)]) == 2
     assert f"--out {folder} is a folder: choose another path" in one_line(capsys)
+    report = tmp_path / "other.onnx.json"
+    report.mkdir()
+    assert export.main([*line, str(tmp_path / "other.onnx")]) == 2
+    assert f"--out {report} is a folder: choose another path" in one_line(capsys)
+    report.rmdir()
 
     def full(self, data):
         with open(self, "wb") as file:
@@ -318,6 +362,30 @@ def test_targets_that_cannot_hold_the_file(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_packages_that_cannot_be_made(capsys, tmp_path, monkeypatch):
+    """No compiler; and no room, which PyTorch's own writer answers by ending the process."""
+    line = ["--model", "vmamba_nano", "--size", "8", "--out", str(tmp_path / "model.aoti.pt2")]
+
+    def compile_it(program, package_path):
+        if reason is not None:
+            raise RuntimeError(reason)
+        Path(package_path).write_bytes(b"machine code")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_it)
+    reason = "InductorError:\n  no compiler\n  was found"
+    assert export.main(line) == 2
+    assert "not compile the model (InductorError: no compiler was found); it needs a C++ compiler" in one_line(capsys)
+    reason = None
+    monkeypatch.setattr(files.shutil, "copyfile", full)
+    assert export.main(line) == 2
+    assert f"--out {tmp_path}/model.aoti.pt2 cannot be written: No space left on device" in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("tiny")
 def test_calibration_and_accuracy_without_images(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     line = ["--model", "vmamba_nano", "--size", "8", "--out", str(tmp_path / "model.onnx")]
@@ -328,6 +396,25 @@ def test_calibration_and_accuracy_without_images(capsys, tmp_path):
     assert export.main(["--model", "vmamba_nano", "--size", "8", "9", "--data-path", str(tmp_path)]) == 2
     assert "--data-path is evaluated on squares, not on --size 8 9" in one_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_images_to_calibrate_with_that_cannot_be_read(capsys, caplog, tmp_path, monkeypatch):
+    """They are named and left out, and the exit status says so; where none is left it ends before the work."""
+    folder, out = tmp_path / "images", tmp_path / "model.onnx"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(folder / "good.png")
+    (folder / "broken.png").write_text("no picture")
+    line = ["--model", "vmamba_nano", "--size", "8", "--int8", str(folder), "--out", str(out)]
+    assert export.main(line) == 1 and out.stat().st_size > 1000
+    assert capsys.readouterr().err.count("broken.png cannot be read as an image") == 1
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    for path in (out, folder / "good.png", tmp_path / "model.onnx.json"):
+        path.unlink()
+    monkeypatch.setattr(impl.blocks, "trace", lambda *_: pytest.fail("the work has begun"))
+    assert export.main(line) == 2
+    assert "error: none of the 1 images is readable, e.g. " in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 @pytest.mark.usefixtures("tiny")

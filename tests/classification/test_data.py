@@ -3,6 +3,8 @@
 import math
 import multiprocessing
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -360,3 +362,23 @@ def test_workers_end_when_told(tiny_cfg):
     [worker] = set(multiprocessing.active_children()) - before
     close_workers(loader, alone)
     assert not worker.is_alive() and worker.exitcode == 0
+
+
+HELD = """
+import sys
+from ssm_train.common.distributed import World
+from ssm_train.config.load import load_config
+from ssm_train.data.build import eval_loader, scan_split
+import torch
+
+cfg = load_config(sys.argv[1], ["DATA.NUM_WORKERS", "1", "DATA.BATCH_SIZE", "1"])
+loader = eval_loader(cfg, scan_split(cfg, "val"), World(0, 1, torch.device("cpu")))
+loaded = iter(loader)
+next(loaded)
+"""
+
+
+def test_nobody_waits_for_workers_at_the_end(tiny_cfg):
+    """Of a loader that is held when Python ends, as by a traceback: SIGTERM would take effect after a minute."""
+    done = subprocess.run([sys.executable, "-c", HELD, str(tiny_cfg)], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (0, "")

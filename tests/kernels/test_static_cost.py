@@ -113,6 +113,9 @@ def test_the_path_is_the_one_that_is_meant(modules):
     assert counted(16, sass.Expected(0, 0)) == [15, 15, 15, 30, 15, 15, 5, 5, 5, 4 + 5 * 7 + 15 * 5]
     with pytest.raises(ValueError, match="no path with 7 exponentials and 0 bytes loaded, only"):
         counted(16, sass.Expected(7, 0))
+    # the states' loop as the only hot one: that of tiles is beside it
+    totals = [sum(sass.executed(code, (5,), 16, None, turns)[1].values()) for turns in (1, 3)]
+    assert totals == [4 + turns * 9 + 5 * 5 for turns in (1, 3)]
 
 
 def test_a_load_under_the_predicate_of_a_branch_is_on_one_way_alone(modules):

@@ -18,6 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py runs the same on the GPU")
+CASES = ["triton_cases.py", "triton_ssd_cases.py"]
 # these three are minutes of what L1024 and L2049 show
 LONG = "L2047 or L2048 or L3136"
 
@@ -25,7 +26,14 @@ LONG = "L2047 or L2048 or L3136"
 @ON_CPU
 def test_kernels_under_the_interpreter():
     """Every kernel and every path in it, in a process where kernels run on the CPU."""
-    assert passed_under_the_interpreter(["triton_cases.py", "triton_ssd_cases.py"], "triton") >= 80
+    assert passed_under_the_interpreter(CASES, "triton and not torch.float16") >= 85
+
+
+@ON_CPU
+@pytest.mark.full
+def test_half_precision_under_the_interpreter():
+    """As bfloat16, which takes the same paths."""
+    assert passed_under_the_interpreter(CASES, "torch.float16") >= 15
 
 
 @ON_CPU
