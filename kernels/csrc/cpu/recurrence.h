@@ -9,7 +9,7 @@
 
 constexpr int T = CHUNK;  // tokens
 
-// Floats of a tile (T, W), and a cache line more: tiles lie one behind the other on the stack, and if equal places of all
+// Floats of a tile (T, W), and eight cache lines more: tiles lie one behind the other on the stack, and if equal places of all
 // of them had equal addresses modulo 4096, a load would wait for the store to another tile before it.
 constexpr int TILE = T * W + 8 * W;
 

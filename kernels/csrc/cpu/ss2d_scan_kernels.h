@@ -101,12 +101,12 @@ SSM_INLINE void load_shared(const Args& a, const Part& p, int route, int64_t sta
         s.pixel[t] = a.order[route * a.length + start + t];
         s.at[t] = s.pixel[t] * a.dim, s.to[t] = s.pixel[t] * row;
         const int64_t place = ((p.b * a.length + s.pixel[t]) * a.routes + route) * fields;
-        const float* proj = static_cast<const float*>(a.proj.data) + place;
-        if (a.proj.dtype != FLOAT32) {
+        const float* proj = s.row;
+        if (a.proj.dtype == FLOAT32)
+            proj = static_cast<const float*>(a.proj.data) + place;
+        else
             for (int64_t i = 0; i < fields; i += W)
                 store(s.row + i, load_any(a.proj.data, a.proj.dtype, place + i, fields - i));
-            proj = s.row;
-        }
         std::memcpy(s.rank + t * ranks, proj, sizeof(float) * a.rank);
         for (int64_t n = 0; n < a.state; n++) {
             s.B[n * T + t] = proj[a.rank + n];
