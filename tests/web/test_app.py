@@ -159,6 +159,7 @@ def test_it_fits_the_window(browser, served, width, scheme):
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.set_default_timeout(60_000)
     page.goto(served.address)
+    page.locator("#cam0").scroll_into_view_if_needed()  # browsers load a picture when it is near
     page.wait_for_selector("#cam0 img")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     colours = [page.evaluate(f"getComputedStyle({what}).{key}") for what, key in (
